@@ -1,0 +1,154 @@
+"""The packed weight and every way its codes are laid out in memory: the only place that shifts bits.
+
+Legend: N = out features, K = in features, G = groups along K (K / group_size).
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+SUPPORTED_BITS = (4,)
+AWQ_COLUMNS_PER_WORD = 8
+# column held by nibble i (from the low end) of an AWQ gemm word: AutoAWQ awq/utils/packing_utils.py
+AWQ_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class WeightLayout(Enum):
+    """How `PackedWeight.codes` is arranged. Checkpoints are read into ROW_MAJOR; kernels read the others."""
+
+    ROW_MAJOR = "row_major"
+    """uint8 [N, ceil(K / 2)]: byte b of a row holds k = 2b in its low nibble and k = 2b + 1 in its high one."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear layer's quantized weight: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
+
+    codes: arranged as `layout` says. In ROW_MAJOR, scales is float [N, G] and zeros uint8 [N, G] (the true zero
+    point, 0 .. 2**bits - 1); the run-time layouts document their own.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    layout: WeightLayout
+
+
+@dataclass(frozen=True)
+class GroupCodes:
+    """The plain, unpacked form: codes uint8 [N, K], scales float [N, G], zeros uint8 [N, G]."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group_size: int
+
+
+def pack(plain: GroupCodes) -> PackedWeight:
+    """Pack plain codes into ROW_MAJOR. Raises ValueError when a shape, a dtype or a code is out of range."""
+    _check_plain(plain)
+    num_rows, num_columns = plain.codes.shape
+    codes = plain.codes
+    if num_columns % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return PackedWeight(
+        codes=(codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous(),
+        scales=plain.scales.contiguous(),
+        zeros=plain.zeros.contiguous(),
+        shape=(num_rows, num_columns),
+        bits=plain.bits,
+        group_size=plain.group_size,
+        layout=WeightLayout.ROW_MAJOR,
+    )
+
+
+def unpack(weight: PackedWeight) -> GroupCodes:
+    """The inverse of `pack`. Raises ValueError for a layout that is not ROW_MAJOR."""
+    if weight.layout is not WeightLayout.ROW_MAJOR:
+        raise ValueError(f"unpack reads the row_major layout, not {weight.layout.value}")
+    num_rows, num_columns = weight.shape
+    nibbles = torch.stack((weight.codes & 0xF, weight.codes >> 4), dim=-1).reshape(num_rows, -1)
+    return GroupCodes(
+        codes=nibbles[:, :num_columns].contiguous(),
+        scales=weight.scales,
+        zeros=weight.zeros,
+        bits=weight.bits,
+        group_size=weight.group_size,
+    )
+
+
+def concatenate_rows(weights: list[PackedWeight]) -> PackedWeight:
+    """Join ROW_MAJOR weights that share their input along N (q, k, v; gate, up). Exact: no code changes.
+
+    Raises ValueError when their K, bits or group size differ.
+    """
+    first = weights[0]
+    for weight in weights:
+        if weight.layout is not WeightLayout.ROW_MAJOR:
+            raise ValueError(f"concatenate_rows joins the row_major layout, not {weight.layout.value}")
+        if (weight.shape[1], weight.bits, weight.group_size) != (first.shape[1], first.bits, first.group_size):
+            raise ValueError(
+                "weights that share an input must agree: "
+                f"K={first.shape[1]}, {first.bits} bits, group {first.group_size} against "
+                f"K={weight.shape[1]}, {weight.bits} bits, group {weight.group_size}"
+            )
+    return PackedWeight(
+        codes=torch.cat([weight.codes for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        zeros=torch.cat([weight.zeros for weight in weights]),
+        shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
+        bits=first.bits,
+        group_size=first.group_size,
+        layout=WeightLayout.ROW_MAJOR,
+    )
+
+
+def pack_awq_words(codes: Tensor) -> Tensor:
+    """uint8 [R, N] of 4-bit codes to the int32 [R, N / 8] words of the AWQ gemm format.
+
+    Raises ValueError when N is no multiple of 8 or a code is over 15.
+    """
+    num_rows, num_columns = codes.shape
+    if num_columns % AWQ_COLUMNS_PER_WORD:
+        raise ValueError(f"the AWQ gemm format packs 8 output columns a word; N={num_columns} is no multiple of 8")
+    if codes.numel() and int(codes.max()) > 15:
+        raise ValueError(f"a 4-bit code is 0 to 15; found {int(codes.max())}")
+    columns = codes.reshape(num_rows, -1, AWQ_COLUMNS_PER_WORD)[..., list(AWQ_NIBBLE_ORDER)].to(torch.int64)
+    shifts = torch.arange(0, 32, 4, device=codes.device)
+    words = (columns << shifts).sum(dim=-1)
+    # two's complement by hand: a word with nibble 7 over 7 is negative as int32
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_awq_words(words: Tensor) -> Tensor:
+    """The inverse of `pack_awq_words`: int32 [R, N / 8] to uint8 [R, N]."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    nibbles = (words[..., None] >> shifts) & 0xF
+    columns = torch.empty_like(nibbles)
+    columns[..., list(AWQ_NIBBLE_ORDER)] = nibbles
+    return columns.reshape(words.shape[0], -1).to(torch.uint8)
+
+
+def _check_plain(plain: GroupCodes) -> None:
+    if plain.bits not in SUPPORTED_BITS:
+        raise ValueError(f"{plain.bits}-bit codes are not supported; supported: {SUPPORTED_BITS}")
+    if plain.codes.dtype != torch.uint8 or plain.zeros.dtype != torch.uint8:
+        raise ValueError(f"codes and zeros must be uint8, not {plain.codes.dtype} and {plain.zeros.dtype}")
+    num_rows, num_columns = plain.codes.shape
+    if plain.group_size <= 0 or num_columns % plain.group_size:
+        raise ValueError(f"group size {plain.group_size} does not divide K={num_columns}")
+    group_shape = (num_rows, num_columns // plain.group_size)
+    if plain.scales.shape != group_shape or plain.zeros.shape != group_shape:
+        raise ValueError(
+            f"scales and zeros must be {list(group_shape)}, not {list(plain.scales.shape)} and {list(plain.zeros.shape)}"
+        )
+    largest = 2**plain.bits - 1
+    for name, values in (("code", plain.codes), ("zero point", plain.zeros)):
+        if values.numel() and int(values.max()) > largest:
+            raise ValueError(f"a {plain.bits}-bit {name} is 0 to {largest}; found {int(values.max())}")

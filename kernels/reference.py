@@ -1,0 +1,61 @@
+"""Each operation in plain torch, in float32: the definition the fast ones are tested against. Slow on purpose."""
+
+import torch
+from torch import Tensor
+
+from kernels.layout import PackedWeight, unpack
+from kernels.paged_batch import AttentionBatch, PagedLayer
+
+
+def dequantize(weight: PackedWeight) -> Tensor:
+    """A ROW_MAJOR weight as float32 [N, K]: (code - zero) * scale, group by group."""
+    plain = unpack(weight)
+    zeros = plain.zeros.repeat_interleave(plain.group_size, dim=1)
+    scales = plain.scales.float().repeat_interleave(plain.group_size, dim=1)
+    return (plain.codes.float() - zeros.float()) * scales
+
+
+def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times a ROW_MAJOR weight [N, K] transposed, accumulated in float32, returned in x's dtype [M, N]."""
+    bias_float = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), dequantize(weight), bias_float).to(x.dtype)
+
+
+def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, slot_mapping: Tensor) -> None:
+    """Write keys and values [T, H_kv, D] into the slots int64 [T] of the cache."""
+    blocks, offsets = slot_mapping // layer.block_size, slot_mapping % layer.block_size
+    layer.keys[blocks, :, offsets] = keys.to(layer.keys.dtype)
+    layer.values[blocks, :, offsets] = values.to(layer.values.dtype)
+
+
+def paged_attention(
+    query: Tensor, layer: PagedLayer, batch: AttentionBatch, *, softmax_scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """Causal attention of query [T, H, D] over each sequence's blocks; grouped-query heads share H / H_kv to one.
+
+    With a sliding window, a token sees itself and the `sliding_window - 1` tokens before it. Returns [T, H, D].
+    """
+    output = torch.empty_like(query)
+    num_query_heads, num_kv_heads = query.shape[1], layer.keys.shape[1]
+    for sequence in range(len(batch.context_lens)):
+        start, stop = int(batch.query_starts[sequence]), int(batch.query_starts[sequence + 1])
+        context_len = int(batch.context_lens[sequence])
+        num_blocks = -(-context_len // layer.block_size)
+        blocks = batch.block_tables[sequence, :num_blocks].long()
+        keys, values = (
+            cache[blocks]
+            .transpose(0, 1)
+            .flatten(1, 2)[:, :context_len]
+            .float()
+            .repeat_interleave(num_query_heads // num_kv_heads, dim=0)
+            for cache in (layer.keys, layer.values)
+        )
+        scores = torch.einsum("thd,hkd->htk", query[start:stop].float(), keys) * softmax_scale
+        query_positions = torch.arange(context_len - (stop - start), context_len, device=query.device)[:, None]
+        key_positions = torch.arange(context_len, device=query.device)[None, :]
+        visible = key_positions <= query_positions
+        if sliding_window is not None:
+            visible &= key_positions > query_positions - sliding_window
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        output[start:stop] = torch.einsum("htk,hkd->thd", weights, values).to(output.dtype)
+    return output

@@ -1,0 +1,35 @@
+"""What can go wrong in the quantizer and with checkpoints. Every message says what is wrong, where, and what to do.
+
+QuantError
+├── RecipeError        an option is out of range, or does not fit the model (a group size that does not divide)
+├── SourceError        the source is no model this quantizer can read
+├── OutputError        the output cannot be written: it exists, or the disk is full
+├── CheckpointError    a file of a checkpoint is missing, truncated, inconsistent or of an unknown format
+└── QuantizationError  the computation gave a result that must not be written (not finite, fold not exact)
+"""
+
+
+class QuantError(Exception):
+    """The root: what the command line prints as one sentence, with exit code 2 for bad input and 1 otherwise."""
+
+    exit_code = 2
+
+
+class RecipeError(QuantError, ValueError):
+    pass
+
+
+class SourceError(QuantError):
+    pass
+
+
+class OutputError(QuantError):
+    pass
+
+
+class CheckpointError(QuantError):
+    pass
+
+
+class QuantizationError(QuantError):
+    exit_code = 1

@@ -1,0 +1,1 @@
+"""The HTTP resources: schema, route and serving apart. Never imports torch."""

@@ -1,0 +1,29 @@
+"""The engine's settings, resolved before it starts and never changed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """model_path: a checkpoint directory. Sizes are in tokens unless the name says otherwise.
+
+    max_model_len None means what the model's config says, cut to what the KV cache can hold.
+    kv_cache_bytes None: on a GPU, gpu_memory_utilization of the device less what the weights take; on a CPU, a
+    quarter of the free memory, at most what max_num_seqs sequences of max_model_len need.
+    """
+
+    model_path: str
+    device: Device = "auto"
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int | None = None
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_waiting: int = 256
+    num_threads: int | None = None

@@ -1,0 +1,111 @@
+"""What the API asks of the engine and what it gets back. Frozen; plain Python values, so that any transport carries them."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Ranges are checked by the API; the defaults switch everything off.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. A draw is a function of (seed, position) alone.
+    logprobs: None for none, k for the chosen token's log-probability and the k likeliest. They are those of the
+    distribution the model gives, before temperature and truncation. prompt_logprobs: the same for the prompt's tokens.
+    stop_token_ids end the request (end-of-sequence ids included, unless the client asked to ignore them);
+    they are barred until min_tokens are out.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability of one chosen token, and the likeliest alternatives as (token id, log-probability)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """News of one request. Every admitted request gets exactly one event with a finish reason, its last.
+
+    token_ids: the tokens that are new since the event before. The token that ended a request by stop_token_ids is
+    included as the last one. logprobs: one entry a token when asked for, else empty.
+    prompt_logprobs: on the first event when asked for; entry 0 is None, as nothing predicts the first token.
+    error: what went wrong, for FinishReason.ERROR.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the API must know of the loaded model."""
+
+    model_path: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for the metrics. Blocks count KV cache blocks."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """Where the engine stands. detail: load progress, or why it is not ready. model: known once it was ready."""
+
+    state: Literal["loading", "ready", "restarting", "draining", "failed"]
+    detail: str
+    model: ModelInfo | None
+    stats: EngineStats | None

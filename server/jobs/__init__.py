@@ -1,0 +1,1 @@
+"""Quantization jobs: records in SQLite, one quantizer subprocess at a time."""

@@ -1,0 +1,1 @@
+"""One config-driven decoder for the Llama family, and its strict loader."""

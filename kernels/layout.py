@@ -146,7 +146,8 @@ def _check_plain(plain: GroupCodes) -> None:
     group_shape = (num_rows, num_columns // plain.group_size)
     if plain.scales.shape != group_shape or plain.zeros.shape != group_shape:
         raise ValueError(
-            f"scales and zeros must be {list(group_shape)}, not {list(plain.scales.shape)} and {list(plain.zeros.shape)}"
+            f"scales and zeros must be {list(group_shape)}, "
+            f"not {list(plain.scales.shape)} and {list(plain.zeros.shape)}"
         )
     largest = 2**plain.bits - 1
     for name, values in (("code", plain.codes), ("zero point", plain.zeros)):

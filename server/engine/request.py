@@ -1,4 +1,4 @@
-"""What the API asks of the engine and what it gets back. Frozen; plain Python values, so that any transport carries them."""
+"""What the API asks of the engine and what it gets back. Frozen and plain, so that any transport carries them."""
 
 from dataclasses import dataclass
 from enum import Enum

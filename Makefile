@@ -1,0 +1,48 @@
+# Every target works on a fresh machine with Python 3.11+ and make: the first one that runs makes the environment.
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+MODEL  ?=
+ARGS   ?=
+JSON   ?=
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format bench-cpu kernels-check docker-check clean environment environment-dev
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+environment:
+	@$(PYTHON) scripts/create_environment.py
+
+environment-dev:
+	@$(PYTHON) scripts/create_environment.py --dev
+
+serve: environment ## serve the demo model, or MODEL=directory-or-hub-name, on HOST and PORT
+	@$(BIN)/awq-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: check ## lint, types, import rules and the whole test suite
+	@$(BIN)/pytest $(ARGS)
+
+check: environment-dev ## lint, format, types and import rules, without the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: environment-dev ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: environment-dev ## decode and prefill speed beside llama.cpp on this machine; JSON=path keeps the figures
+	$(BIN)/python -m benchmarks.cpu $(if $(JSON),--json $(JSON))
+
+kernels-check: environment-dev ## compile every Triton kernel for every GPU architecture, without a GPU
+	$(BIN)/python -m kernels.compile
+
+docker-check: environment-dev ## run the Dockerfile's steps as far as a machine without a Docker daemon allows
+	bash docker/check.sh
+
+clean: ## remove the environment and the caches; models and jobs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

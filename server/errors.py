@@ -9,6 +9,7 @@ ServerError
 ├── PayloadTooLarge         413 invalid_request_error
 ├── QueueFull               429 rate_limit_error, Retry-After
 ├── EngineUnavailable       503 service_unavailable, Retry-After (loading, restarting, draining)
+├── JobStoreUnavailable     503 service_unavailable, Retry-After (the job file cannot be read or written)
 └── GenerationFailed        500 server_error
 """
 
@@ -74,3 +75,10 @@ class EngineUnavailable(ServerError):
 
 class GenerationFailed(ServerError):
     default_code = "generation_failed"
+
+
+class JobStoreUnavailable(ServerError):
+    status = 503
+    type = "service_unavailable"
+    default_code = "job_store_unavailable"
+    retry_after_seconds = 5

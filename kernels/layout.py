@@ -20,6 +20,13 @@ PLANAR_WORD_ROWS = PLANAR_BLOCK // 4
 PLANAR_COLUMN_MULTIPLE = 128
 PLANAR_GROUP_SIZES = (32, 64, 128)
 
+# torch's CPU op reads blocks of columns as wide as four vector registers; 64 is whole blocks on every instruction set
+INT4_CPU_COLUMN_MULTIPLE = 64
+# group sizes that torch's CPU op reads, widest first; a multiple of one of them repeats its scales
+INT4_CPU_GROUP_SIZES = (256, 128, 64, 32)
+# neighbouring outputs whose codes are the low nibbles of neighbouring bytes, by torch's CPU capability; 1 for others
+INT4_CPU_RUNS = {"AVX512": 32, "AVX2": 16}
+
 
 class WeightLayout(Enum):
     """How `PackedWeight.codes` is arranged. Checkpoints are read into ROW_MAJOR; kernels read the others."""
@@ -31,6 +38,11 @@ class WeightLayout(Enum):
     """What the Triton kernels read: int16 [ceil(K / 128) * 32, N'], where word (32b + r, n) holds k = 128b + 32j + r
     in nibble j; scales [ceil(K / 128) * 128 / g, N'] in the checkpoint's dtype, zeros uint8 of that shape. N' is N
     padded to a multiple of 128. What pads has code, zero point and scale 0, so it adds exactly 0."""
+
+    INT4_CPU = "int4_cpu"
+    """What `torch.ops.aten._weight_int4pack_mm_for_cpu` reads: codes uint8 [N', K / 2], arranged by the running CPU's
+    instruction set, so never stored. scales bf16 [G, N', 2] holds (scale, (8 - zero) * scale), as the op computes
+    W = (code - 8) * scale + offset; zeros is the view of its offsets. N' is N padded to a multiple of 64 with zeros."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,52 @@ def unpack_planar(weight: PackedWeight) -> PackedWeight:
             group_size=weight.group_size,
         )
     )
+
+
+def repack_int4_cpu(weight: PackedWeight) -> PackedWeight:
+    """A ROW_MAJOR weight on the CPU as INT4_CPU. The codes are kept exactly; the scales are rounded to bf16.
+
+    Raises ValueError when the group size is no multiple of 32.
+    """
+    plain = unpack(weight)
+    num_rows, num_columns = weight.shape
+    op_group_size = next((size for size in INT4_CPU_GROUP_SIZES if weight.group_size % size == 0), None)
+    if op_group_size is None:
+        raise ValueError(f"the CPU kernel reads group sizes that are multiples of 32, not {weight.group_size}")
+    num_padding_rows = -num_rows % INT4_CPU_COLUMN_MULTIPLE
+    codes = torch.nn.functional.pad(plain.codes.to(torch.int32), (0, 0, 0, num_padding_rows))
+    scales = plain.scales.to(torch.bfloat16).float()
+    # of the rounded scale, so that a code equal to its zero point stays nearest to 0
+    offsets = (8 - plain.zeros.float()) * scales
+    scales_and_offsets = torch.stack((scales, offsets), dim=-1).repeat_interleave(
+        weight.group_size // op_group_size, dim=1
+    )
+    scales_and_offsets = torch.nn.functional.pad(scales_and_offsets, (0, 0, 0, 0, 0, num_padding_rows))
+    packed_scales = scales_and_offsets.transpose(0, 1).contiguous().to(torch.bfloat16)
+    repacked = PackedWeight(
+        codes=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
+        scales=packed_scales,
+        zeros=packed_scales[..., 1],
+        shape=weight.shape,
+        bits=weight.bits,
+        group_size=op_group_size,
+        layout=WeightLayout.INT4_CPU,
+    )
+    if not torch.equal(unpack_int4_cpu(repacked)[:, :num_rows].T, plain.codes):
+        raise RuntimeError("torch packs int4 codes on this CPU in an arrangement that unpack_int4_cpu does not know")
+    return repacked
+
+
+def unpack_int4_cpu(weight: PackedWeight) -> Tensor:
+    """The codes of an INT4_CPU weight as uint8 [K, N'], padding included: a column per output.
+
+    Source of the arrangement: torch, aten/src/ATen/native/cpu/int4mm_kernel.cpp, weight_to_int4pack_kernel.
+    """
+    run = INT4_CPU_RUNS.get(torch.backends.cpu.get_cpu_capability(), 1)
+    num_columns = weight.shape[1]
+    # [block, K, runs, run] bytes: the low nibbles of a run hold `run` neighbouring outputs, the high ones the next
+    runs = weight.codes.view(-1, num_columns, max(1, 16 // run), run).permute(1, 0, 2, 3)
+    return torch.stack((runs & 0xF, runs >> 4), dim=-2).reshape(num_columns, -1)
 
 
 def pack_awq_words(codes: Tensor) -> Tensor:

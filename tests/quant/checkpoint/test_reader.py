@@ -1,0 +1,254 @@
+"""What a checkpoint directory is read as, and what is refused before any tensor is loaded."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quant.checkpoint.awq_gemm import encode
+from quant.checkpoint.meta import awq_gemm_meta
+from quant.checkpoint.reader import CheckpointReader
+from quant.errors import CheckpointError
+from tests.quant.checkpoint.test_awq_gemm import random_weight
+
+QUANTIZED = "model.layers.0.mlp.down_proj"
+PLAIN = "model.norm"
+
+
+def write_checkpoint(directory: Path) -> None:
+    """One quantized module with a bias and one plain one, as other tools write them: without our writer."""
+    directory.mkdir()
+    tensors = encode(random_weight(16, 64, 32))
+    stored = {
+        f"{QUANTIZED}.qweight": tensors.qweight,
+        f"{QUANTIZED}.qzeros": tensors.qzeros,
+        f"{QUANTIZED}.scales": tensors.scales,
+        f"{QUANTIZED}.bias": torch.ones(16).half(),
+        f"{PLAIN}.weight": torch.arange(64).bfloat16(),
+    }
+    save_file(stored, directory / "model.safetensors")
+    config = {"model_type": "llama", "quantization_config": awq_gemm_meta(4, 32, ()).to_config()}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def shard_checkpoint(directory: Path) -> None:
+    """The same checkpoint in two files with an index: the quantized module in one, the rest in the other."""
+    write_checkpoint(directory)
+    reader = CheckpointReader.open(directory)
+    files = {"a.safetensors": reader.tensor_names_of(QUANTIZED), "b.safetensors": reader.tensor_names_of(PLAIN)}
+    for file, names in files.items():
+        save_file({name: reader.read_tensor(name).clone() for name in names}, directory / file)
+    (directory / "model.safetensors").unlink()
+    write_index(directory, {name: file for file, names in files.items() for name in names})
+
+
+def write_index(directory: Path, weight_map: dict[str, str]) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture(params=[write_checkpoint, shard_checkpoint], ids=["one file", "two shards"])
+def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    request.param(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_tensors_are_described_without_being_read(checkpoint: Path) -> None:
+    reader = CheckpointReader.open(checkpoint)
+
+    assert reader.config["model_type"] == "llama"
+    assert reader.meta == awq_gemm_meta(4, 32, ())
+    assert set(reader.tensor_names_of(QUANTIZED)) == {
+        f"{QUANTIZED}.{x}" for x in ("qweight", "qzeros", "scales", "bias")
+    }
+    assert reader.shape(f"{QUANTIZED}.qweight") == (64, 2)
+    assert reader.dtype(f"{PLAIN}.weight") == torch.bfloat16
+    assert reader.packed_shape(QUANTIZED) == (16, 64)
+
+
+def test_a_plain_tensor_comes_as_it_is_stored(checkpoint: Path) -> None:
+    assert torch.equal(CheckpointReader.open(checkpoint).read_tensor(f"{PLAIN}.weight"), torch.arange(64).bfloat16())
+
+
+def test_a_quantized_module_comes_as_a_packed_weight(checkpoint: Path) -> None:
+    weight = CheckpointReader.open(checkpoint).read_packed(QUANTIZED)
+
+    expected = random_weight(16, 64, 32)
+    assert torch.equal(weight.codes, expected.codes)
+    assert torch.equal(weight.zeros, expected.zeros)
+    assert torch.equal(weight.scales, expected.scales)
+
+
+def test_the_tensors_decide_which_module_is_quantized(checkpoint: Path) -> None:
+    # given a config that claims the opposite of what the file holds
+    config = {"quantization_config": awq_gemm_meta(4, 32, (QUANTIZED,)).to_config()}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+    reader = CheckpointReader.open(checkpoint)
+
+    assert reader.quantized_module_names == (QUANTIZED,)
+    assert reader.is_quantized(QUANTIZED)
+    assert not reader.is_quantized(PLAIN)
+
+
+def test_an_unquantized_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+
+    reader = CheckpointReader.open(tmp_path)
+
+    assert reader.meta is None
+    assert reader.quantized_module_names == ()
+
+
+def test_an_absent_tensor_is_named(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tensor model\.embed_tokens\.weight"):
+        CheckpointReader.open(checkpoint).read_tensor("model.embed_tokens.weight")
+
+
+def safetensors_bytes(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+# a file of two floats a tensor, damaged in one way each: its bytes, and what the message must say
+DAMAGED_FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "has 0 bytes, too few"),
+    "cut inside the header length": (b"\x08\x00\x00", "has 3 bytes, too few"),
+    "cut inside the header": (safetensors_bytes({"a": entry()}, b"")[:30], "bytes of header, but has 30 bytes in all"),
+    "a header larger than any memory": (struct.pack("<Q", 2**63) + b"{}", "announces 9223372036854775808 bytes"),
+    "cut inside the tensors": (safetensors_bytes({"a": entry()}, bytes(5)), "has 5 bytes of tensors, not the 8"),
+    "bytes after the last tensor": (safetensors_bytes({"a": entry()}, bytes(12)), "has 12 bytes of tensors, not the 8"),
+    "a header that is no JSON": (safetensors_bytes(b"\xff\xfe{]", b""), "holds no valid JSON"),
+    "a header that is a list": (safetensors_bytes([1], b""), "must hold a JSON object, not list"),
+    "an entry that is a number": (safetensors_bytes({"a": 1}, b""), "the header entry of a is 1"),
+    "an entry without offsets": (safetensors_bytes({"a": {"dtype": "F32", "shape": [2]}}, b""), "header entry of a"),
+    "a negative size": (safetensors_bytes({"a": entry(shape=[-2])}, bytes(8)), "header entry of a"),
+    "a fractional size": (safetensors_bytes({"a": entry(shape=[2.0])}, bytes(8)), "header entry of a"),
+    "three offsets": (safetensors_bytes({"a": entry(offsets=[0, 8, 16])}, bytes(8)), "header entry of a"),
+    "an unknown dtype": (safetensors_bytes({"a": entry(dtype="F4")}, bytes(8)), "a has dtype 'F4', which is not read"),
+    "a shape larger than its bytes": (safetensors_bytes({"a": entry(shape=[3])}, bytes(8)), "12 bytes, but .* span 8"),
+    "offsets backwards": (safetensors_bytes({"a": entry(offsets=[8, 0])}, bytes(8)), "offsets span -8"),
+    "overlapping tensors": (
+        safetensors_bytes({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)),
+        "b starts at byte 4 and overlaps",
+    ),
+    "a hole between tensors": (
+        safetensors_bytes({"a": entry(), "b": entry(offsets=[12, 20])}, bytes(20)),
+        "b starts at byte 12 and leaves a hole",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_FILES)
+def test_a_damaged_file_is_named_and_refused(case: str, tmp_path: Path) -> None:
+    content, message = DAMAGED_FILES[case]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors.*{message}"):
+        CheckpointReader.open(tmp_path)
+
+
+@pytest.mark.parametrize("num_kept", [0, 4, 100, -1, -4096])
+def test_a_checkpoint_cut_anywhere_is_refused(num_kept: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:num_kept])
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        CheckpointReader.open(tmp_path / "checkpoint")
+
+
+def remove_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def break_config(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": ')
+
+
+def drop_quantization_config(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+
+
+def claim_gptq(directory: Path) -> None:
+    (directory / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+
+
+def claim_another_group_size(directory: Path) -> None:
+    config = {"quantization_config": awq_gemm_meta(4, 16, ()).to_config()}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def remove_shard(directory: Path) -> None:
+    (directory / "a.safetensors").unlink()
+
+
+def name_an_absent_tensor(directory: Path) -> None:
+    write_index(directory, {f"{PLAIN}.weight": "b.safetensors", "model.embed_tokens.weight": "b.safetensors"})
+
+
+def point_outside(directory: Path) -> None:
+    write_index(directory, {f"{PLAIN}.weight": "../b.safetensors"})
+
+
+def empty_index(directory: Path) -> None:
+    write_index(directory, {})
+
+
+def leave_out_qzeros(directory: Path) -> None:
+    write_index(directory, {f"{QUANTIZED}.qweight": "a.safetensors", f"{QUANTIZED}.scales": "a.safetensors"})
+
+
+def leave_only_pickles(directory: Path) -> None:
+    for file in directory.glob("*safetensors*"):
+        file.unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    (directory / "awq.pt").write_bytes(pickle.dumps({}))
+
+
+def leave_no_tensors(directory: Path) -> None:
+    for file in directory.glob("*safetensors*"):
+        file.unlink()
+
+
+BROKEN_DIRECTORIES: list[tuple[Callable[[Path], None], str]] = [
+    (remove_config, r"has no config\.json"),
+    (break_config, r"config\.json holds no valid JSON"),
+    (drop_quantization_config, r"down_proj is quantized, but .*config\.json has no quantization_config"),
+    (claim_gptq, r"config\.json: .*GPTQ checkpoints are not supported yet"),
+    (claim_another_group_size, r"down_proj\.qzeros is int32 \[2, 2\]; .* int32 \[4, 2\] at group size 16"),
+    (remove_shard, r"names a\.safetensors, which is not there"),
+    (name_an_absent_tensor, r"places model\.embed_tokens\.weight in b\.safetensors, which has no such tensor"),
+    (point_outside, r"'\.\./b\.safetensors', which is no \.safetensors file beside it"),
+    (empty_index, "has no weight_map"),
+    (leave_out_qzeros, r"down_proj\.qzeros is missing: the module has qweight, scales"),
+    (leave_only_pickles, r"only pickle files \(awq\.pt, pytorch_model\.bin\)"),
+    (leave_no_tensors, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+]
+
+
+@pytest.mark.parametrize(("breakage", "message"), BROKEN_DIRECTORIES, ids=[b.__name__ for b, _ in BROKEN_DIRECTORIES])
+def test_a_broken_directory_is_refused_with_the_reason(
+    breakage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "checkpoint"
+    shard_checkpoint(directory)
+    breakage(directory)
+
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader.open(directory)
+
+
+def test_a_place_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no directory"):
+        CheckpointReader.open(tmp_path / "absent")

@@ -109,3 +109,12 @@ class EngineStatus:
     detail: str
     model: ModelInfo | None
     stats: EngineStats | None
+
+
+@dataclass(frozen=True)
+class EngineNews:
+    """What the engine publishes, before a step (the requests it starts) and after it (what came out, and the stats)."""
+
+    started: tuple[str, ...]
+    events: tuple[TokenEvent, ...]
+    stats: EngineStats

@@ -1,0 +1,200 @@
+"""Decides which tokens each step computes, and owns every request's progress. Knows neither tensors nor transports.
+
+One rule: a request has tokens known and tokens computed, and each step spends a token budget on letting the second
+catch up with the first. Chunked prefill, decode and recomputation after a preemption are all that same subtraction.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.engine.block_pool import BlockPool
+from server.engine.plan_builder import build_plan
+from server.engine.request import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from server.engine.sequence import Sequence, SequenceState
+from server.engine.step_plan import SampledToken, StepPlan, StepResult
+
+# a sequence preempted this often is spared until all that run are: no request is recomputed for ever
+PREEMPTION_BOUND = 3
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """max_num_batched_tokens: the budget of one step. block_size: tokens a block holds."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
+                f"{self.max_num_seqs}: a step must have room for one token of every running sequence"
+            )
+
+
+class Scheduler:
+    """add and abort between steps; then plan_step, execute elsewhere, apply."""
+
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._num_preemptions = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(self._sequences)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self._pool.num_free,
+            num_blocks=self._pool.num_blocks,
+            num_preemptions=self._num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            num_steps=self._num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that blocks and queues agree with the sequences."""
+        self._pool.check_integrity(sequence.blocks for sequence in self._sequences.values())
+        queued = [sequence.request_id for sequence in (*self._waiting, *self._running)]
+        assert sorted(queued) == sorted(self._sequences), "a sequence is in no queue, or in two"
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request that is known to fit the cache when it runs alone."""
+        assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
+        sequence = Sequence(request, self._limits.block_size)
+        assert sequence.max_num_blocks <= self._pool.num_blocks, "the request can never fit the cache"
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a request and free its blocks; None when it has ended already."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        self._finish(sequence)
+        return TokenEvent(request_id, (), finish_reason=FinishReason.ABORTED)
+
+    def plan_step(self) -> StepPlan | None:
+        """Spend the token budget: first on the running sequences in order, then on waiting ones. None without work."""
+        num_tokens: dict[Sequence, int] = {}
+        budget = self._limits.max_num_batched_tokens
+        num_preemptions = self._num_preemptions
+        for sequence in tuple(self._running):
+            if budget == 0:
+                break
+            for victim in self._make_room(sequence):
+                budget += num_tokens.pop(victim, 0)
+            if sequence.state is SequenceState.RUNNING:
+                num_tokens[sequence] = min(sequence.num_known - sequence.num_computed, budget)
+                budget -= num_tokens[sequence]
+        # who was just preempted comes first, so nobody new may take the room it left
+        if num_preemptions == self._num_preemptions:
+            while budget > 0 and (admitted := self._admit_next()) is not None:
+                num_tokens[admitted] = min(admitted.num_known, budget)
+                budget -= num_tokens[admitted]
+        if not num_tokens:
+            assert not self._sequences, "requests wait, yet none fits the empty cache"
+            return None
+        self._num_steps += 1
+        return self._freeze(num_tokens)
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Take over what the step computed. Returns one event for every request that has news."""
+        for request_id, num_tokens in zip(plan.request_ids, np.diff(plan.query_starts).tolist(), strict=True):
+            self._sequences[request_id].num_computed += num_tokens
+        for scored, logprobs in zip(plan.prompt_logprob_rows, result.prompt_logprobs, strict=True):
+            self._sequences[scored.request_id].prompt_logprobs.extend(logprobs)
+        return [
+            self._take_token(self._sequences[row.request_id], token)
+            for row, token in zip(plan.sampling_rows, result.tokens, strict=True)
+        ]
+
+    def _take_token(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
+        if token.error is not None:
+            self._finish(sequence)
+            return TokenEvent(sequence.request_id, (), finish_reason=FinishReason.ERROR, error=token.error)
+        sequence.append_token(token.token_id)
+        self._generation_tokens += 1
+        params = sequence.request.sampling
+        finish_reason: FinishReason | None = None
+        if token.token_id in params.stop_token_ids and sequence.num_output > params.min_tokens:
+            finish_reason = FinishReason.STOP
+        elif sequence.num_output == params.max_tokens:
+            finish_reason = FinishReason.LENGTH
+        prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+        if sequence.num_output == 1:
+            self._prompt_tokens += sequence.num_prompt
+            if params.prompt_logprobs is not None:
+                prompt_logprobs = (None, *sequence.prompt_logprobs)
+        if finish_reason is not None:
+            self._finish(sequence)
+        logprobs = () if token.logprob is None else (token.logprob,)
+        return TokenEvent(sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason)
+
+    def _admit_next(self) -> Sequence | None:
+        """Move the first waiting sequence to the running ones, with blocks for all it knows; None if it must wait."""
+        if not self._waiting or len(self._running) == self._limits.max_num_seqs:
+            return None
+        sequence = self._waiting[0]
+        if not self._allocate_missing(sequence):
+            return None
+        self._waiting.popleft()
+        self._running.append(sequence)
+        sequence.state = SequenceState.RUNNING
+        return sequence
+
+    def _make_room(self, sequence: Sequence) -> list[Sequence]:
+        """Give a running sequence blocks for all it knows. Returns who was preempted for it, itself perhaps."""
+        victims: list[Sequence] = []
+        while sequence.state is SequenceState.RUNNING and not self._allocate_missing(sequence):
+            # the last that runs, of those that have not been preempted too often
+            victim = min(reversed(self._running), key=lambda other: other.num_preemptions >= PREEMPTION_BOUND)
+            self._preempt(victim)
+            victims.append(victim)
+        return victims
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.take_blocks())
+        self._running.remove(sequence)
+        self._waiting.appendleft(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_preemptions += 1
+        self._num_preemptions += 1
+
+    def _allocate_missing(self, sequence: Sequence) -> bool:
+        if sequence.num_missing_blocks == 0:
+            return True
+        blocks = self._pool.allocate(sequence.num_missing_blocks)
+        if blocks is not None:
+            sequence.add_blocks(blocks)
+        return blocks is not None
+
+    def _finish(self, sequence: Sequence) -> None:
+        queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
+        queue.remove(sequence)
+        self._pool.release(sequence.take_blocks())
+        sequence.state = SequenceState.FINISHED
+        del self._sequences[sequence.request_id]
+
+    def _freeze(self, num_tokens: dict[Sequence, int]) -> StepPlan:
+        started = tuple(sequence.request_id for sequence in num_tokens if not sequence.was_started)
+        for sequence in num_tokens:
+            sequence.was_started = True
+        return build_plan(num_tokens, started)

@@ -1,0 +1,84 @@
+"""The progress of one request through the scheduler: tokens known, tokens computed, blocks held."""
+
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.engine.request import GenerationRequest, TokenLogprob
+from server.engine.step_plan import TokenIds
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Only the scheduler changes it. Known tokens are the prompt and the output; a step computes some of the rest."""
+
+    def __init__(self, request: GenerationRequest, block_size: int) -> None:
+        self.request = request
+        self.state = SequenceState.WAITING
+        self.num_computed = 0
+        self.num_preemptions = 0
+        self.was_started = False
+        self.blocks: list[int] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self._block_size = block_size
+        self._num_known = self.num_prompt = len(request.prompt_token_ids)
+        self._token_ids = np.empty(self.num_prompt + request.sampling.max_tokens, dtype=np.int64)
+        self._token_ids[: self.num_prompt] = request.prompt_token_ids
+        # the last token is never computed, so it needs no place
+        self.max_num_blocks = self.num_blocks_for(len(self._token_ids) - 1)
+        self._block_table = np.zeros(self.max_num_blocks, dtype=np.int32)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_known(self) -> int:
+        return self._num_known
+
+    @property
+    def num_output(self) -> int:
+        return self._num_known - self.num_prompt
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The known tokens: a read-only view, which tokens to come do not change."""
+        view = self._token_ids[: self._num_known]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        return self._block_table[: len(self.blocks)]
+
+    @property
+    def num_missing_blocks(self) -> int:
+        """Blocks still to allocate before every known token has its place."""
+        return self.num_blocks_for(self._num_known) - len(self.blocks)
+
+    @property
+    def num_scored_prompt(self) -> int:
+        """Prompt tokens that have their log-probability; the first needs none."""
+        return len(self.prompt_logprobs) + 1
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def append_token(self, token_id: int) -> None:
+        self._token_ids[self._num_known] = token_id
+        self._num_known += 1
+
+    def add_blocks(self, blocks: list[int]) -> None:
+        self._block_table[len(self.blocks) : len(self.blocks) + len(blocks)] = blocks
+        self.blocks.extend(blocks)
+
+    def take_blocks(self) -> list[int]:
+        """Give up all blocks, and with them what was computed."""
+        blocks, self.blocks, self.num_computed = self.blocks, [], 0
+        return blocks

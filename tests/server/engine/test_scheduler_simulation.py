@@ -1,0 +1,238 @@
+"""Thousands of random arrivals, aborts and preemptions on tiny caches, against what each request gives alone."""
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+
+from server.engine.block_pool import BlockPool
+from server.engine.loop import EngineLoop
+from server.engine.request import EngineNews, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.scheduler import PREEMPTION_BOUND, Scheduler, SchedulerLimits
+from tests.fakes import FAKE_VOCAB_SIZE, FakeRunner, expected_output, fake_model_info
+
+MAX_MODEL_LEN = 60
+
+
+@dataclass
+class Simulation:
+    """One engine with its loop driven by hand, and everything it said."""
+
+    num_blocks: int
+    block_size: int
+    limits: SchedulerLimits
+    started: list[str] = field(default_factory=list)
+    events: dict[str, list[TokenEvent]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        self.pool = BlockPool(self.num_blocks)
+        self.scheduler = Scheduler(self.limits, self.pool)
+        self.runner = FakeRunner(self.num_blocks, self.block_size)
+        info = fake_model_info(max_model_len=MAX_MODEL_LEN, num_blocks=self.num_blocks, block_size=self.block_size)
+        self.loop = EngineLoop(self.scheduler, self.runner, info, self._take)
+
+    def _take(self, news: EngineNews) -> None:
+        self.started.extend(news.started)
+        for event in news.events:
+            self.events[event.request_id].append(event)
+
+    def run_to_end(self, max_steps: int = 20_000) -> None:
+        for _ in range(max_steps):
+            if not self.loop.has_work:
+                return
+            self.loop.step()
+            self.loop.check_integrity()
+        pytest.fail(f"still busy after {max_steps} steps: {self.scheduler.stats()}")
+
+    def output(self, request_id: str) -> tuple[int, ...]:
+        return tuple(token for event in self.events[request_id] for token in event.token_ids)
+
+    def finish_reasons(self, request_id: str) -> list[FinishReason]:
+        return [event.finish_reason for event in self.events[request_id] if event.finish_reason is not None]
+
+
+def simulation(*, num_blocks: int = 16, block_size: int = 4, max_num_seqs: int = 8, budget: int = 24) -> Simulation:
+    return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget, block_size))
+
+
+def random_request(rng: random.Random, request_id: str) -> GenerationRequest:
+    num_prompt = rng.choice((1, 2, 3, 4, 5, 8, 17, 31, 40))
+    max_tokens = rng.randint(1, MAX_MODEL_LEN - num_prompt)
+    return GenerationRequest(
+        request_id,
+        tuple(rng.randrange(FAKE_VOCAB_SIZE) for _ in range(num_prompt)),
+        SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, 4),
+            stop_token_ids=tuple(rng.sample(range(FAKE_VOCAB_SIZE), k=rng.choice((0, 0, 10, 40)))),
+            prompt_logprobs=rng.choice((None, None, 0, 2)),
+        ),
+    )
+
+
+def request(request_id: str, num_prompt: int = 5, max_tokens: int = 6) -> GenerationRequest:
+    prompt = tuple((7 * index + num_prompt) % FAKE_VOCAB_SIZE for index in range(num_prompt))
+    return GenerationRequest(request_id, prompt, SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_blocks", "block_size", "max_num_seqs", "budget"),
+    [
+        (0, 15, 4, 8, 24),  # the cache holds one full request: preemption all the time
+        (1, 40, 4, 8, 8),  # a budget of one token a sequence
+        (2, 60, 1, 16, 64),  # blocks of one token
+        (3, 20, 3, 3, 7),  # sizes that divide nothing
+        (4, 300, 16, 32, 512),  # room for all
+        (5, 17, 4, 16, 100),
+    ],
+)
+def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
+    seed: int, num_blocks: int, block_size: int, max_num_seqs: int, budget: int
+) -> None:
+    rng = random.Random(seed)
+    engine = simulation(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, budget=budget)
+    arrivals = [random_request(rng, f"r{index}") for index in range(500)]
+    aborted: set[str] = set()
+    pending = list(reversed(arrivals))
+    while pending or engine.loop.has_work:
+        while pending and rng.random() < 0.4:
+            engine.loop.submit(pending.pop())
+        if rng.random() < 0.08:
+            target = rng.choice(arrivals[: len(arrivals) - len(pending)] or arrivals[:1]).request_id
+            if engine.scheduler.request_ids and target in engine.scheduler.request_ids:
+                aborted.add(target)
+            engine.loop.abort(target)
+        engine.loop.step()
+        engine.loop.check_integrity()
+
+    assert engine.pool.num_free == num_blocks
+    assert max(Counter(engine.started).values()) == 1
+    assert max(engine.runner.num_tokens_per_step) <= budget
+    for arrival in arrivals:
+        reasons = engine.finish_reasons(arrival.request_id)
+        assert len(reasons) == 1
+        assert engine.events[arrival.request_id][-1].finish_reason is not None
+        expected = expected_output(arrival)
+        output = engine.output(arrival.request_id)
+        if arrival.request_id in aborted:
+            assert reasons == [FinishReason.ABORTED]
+            assert output == expected[: len(output)]
+            continue
+        assert output == expected
+        is_stop = expected[-1] in arrival.sampling.stop_token_ids and len(expected) > arrival.sampling.min_tokens
+        assert reasons == [FinishReason.STOP if is_stop else FinishReason.LENGTH]
+        scores = engine.events[arrival.request_id][0].prompt_logprobs
+        if arrival.sampling.prompt_logprobs is None:
+            assert scores == ()
+        else:
+            assert scores[0] is None
+            assert tuple(score.token_id for score in scores[1:] if score) == arrival.prompt_token_ids[1:]
+
+
+def test_the_tiny_caches_do_preempt() -> None:
+    engine = simulation(num_blocks=16)
+    for index in range(8):
+        engine.loop.submit(request(f"r{index}", num_prompt=3, max_tokens=50))
+    engine.run_to_end()
+    assert engine.scheduler.stats().num_preemptions > 0
+    assert all(engine.output(f"r{index}") == expected_output(request("", 3, 50)) for index in range(8))
+
+
+def test_a_sequence_preempted_to_the_bound_is_spared_while_others_run() -> None:
+    engine = simulation(num_blocks=16, max_num_seqs=4)
+    for index in range(12):
+        engine.loop.submit(request(f"r{index}", num_prompt=2 + index, max_tokens=45))
+    most = 0
+    while engine.loop.has_work:
+        engine.loop.step()
+        counts = [sequence.num_preemptions for sequence in engine.scheduler._sequences.values()]
+        most = max([most, *counts])
+    # one beyond the bound happens only when every running sequence has reached it
+    assert PREEMPTION_BOUND <= most <= PREEMPTION_BOUND + 2
+
+
+def test_requests_start_in_the_order_they_came() -> None:
+    engine = simulation(max_num_seqs=2)
+    for index in range(20):
+        engine.loop.submit(request(f"r{index:02}"))
+    engine.run_to_end()
+    assert engine.started == sorted(engine.started)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_the_others() -> None:
+    engine = simulation(num_blocks=40, budget=10)
+    engine.loop.submit(request("short", num_prompt=4, max_tokens=10))
+    engine.loop.step()
+    engine.loop.submit(request("long", num_prompt=40, max_tokens=2))
+    for _ in range(4):
+        engine.loop.step()
+    # 1 token of the short one and 9 of the long one a step: 36 of 40 computed, and no step without the short one
+    assert len(engine.output("short")) == 5
+    assert engine.output("long") == ()
+    engine.run_to_end()
+    assert engine.output("long") == expected_output(request("", 40, 2))
+
+
+def test_nobody_new_is_admitted_in_a_step_that_preempts() -> None:
+    engine = simulation(num_blocks=15, max_num_seqs=4)
+    for index in range(4):
+        engine.loop.submit(request(f"r{index}", num_prompt=10, max_tokens=40))
+    while engine.scheduler.stats().num_preemptions == 0:
+        engine.loop.step()
+    engine.loop.submit(request("late", num_prompt=1, max_tokens=1))
+    assert "late" not in engine.started
+    engine.run_to_end()
+    assert engine.output("late") == expected_output(request("", 1, 1))
+
+
+def test_an_abort_returns_the_blocks_before_the_next_step() -> None:
+    engine = simulation()
+    engine.loop.submit(request("kept"))
+    engine.loop.step()
+    free = engine.pool.num_free
+    engine.loop.submit(request("dropped", num_prompt=17))
+    engine.loop.step()
+    engine.loop.abort("dropped")
+    assert engine.pool.num_free >= free - 1
+    assert engine.finish_reasons("dropped") == [FinishReason.ABORTED]
+    engine.run_to_end()
+    assert engine.output("kept") == expected_output(request("kept"))
+
+
+def test_aborting_twice_or_after_the_end_says_nothing_more() -> None:
+    engine = simulation()
+    engine.loop.submit(request("r"))
+    engine.run_to_end()
+    num_events = len(engine.events["r"])
+    engine.loop.abort("r")
+    engine.loop.abort("never seen")
+    assert len(engine.events["r"]) == num_events
+    assert "never seen" not in engine.events
+
+
+def test_a_row_that_fails_ends_its_request_and_no_other() -> None:
+    engine = simulation()
+    engine.runner.failing_request_ids.add("sick")
+    engine.loop.submit(request("well"))
+    engine.loop.submit(request("sick"))
+    engine.run_to_end()
+    assert engine.events["sick"][-1].finish_reason is FinishReason.ERROR
+    assert engine.events["sick"][-1].error == "the model gave no finite logits"
+    assert engine.output("well") == expected_output(request("well"))
+    assert engine.pool.num_free == engine.num_blocks
+
+
+def test_a_request_that_could_never_run_ends_with_the_reason() -> None:
+    engine = simulation()
+    engine.loop.submit(request("huge", num_prompt=50, max_tokens=50))
+    assert engine.finish_reasons("huge") == [FinishReason.ERROR]
+    error = engine.events["huge"][0].error
+    assert error is not None
+    assert "100 together" in error
+    assert "60 tokens" in error
+
+
+def test_a_budget_smaller_than_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 4, fewer than max_num_seqs 8"):
+        SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=4, block_size=4)

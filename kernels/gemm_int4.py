@@ -1,0 +1,102 @@
+"""INT4 linear layer for many rows (prefill): one program sums all of K, in the order in which the few-row kernel does."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.int4_operands import check_linear
+from kernels.int4_tile import BLOCK, multiply_blocks, store_tile
+from kernels.launch import INTERPRETED
+from kernels.layout import PackedWeight
+from kernels.tiles import MANY_ROWS_TILES, num_splits
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gemm_int4_kernel(
+    x_ptr: tl.tensor,
+    words_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    zeros_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    num_inputs: tl.tensor,
+    x_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    GROUP_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    USE_ASSEMBLY: tl.constexpr,
+) -> None:
+    """Program (row tile, column tile) writes one tile of out [M, N]. Operands as in `multiply_blocks`.
+
+    K is cut where the few-row kernel cuts it and the parts are added in its order: the same row has the same bits.
+    """
+    # row tiles are the fast axis: programs that run together share a tile of the weight
+    rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    columns = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    num_blocks = tl.cdiv(num_inputs, BLOCK)
+    blocks_per_split = tl.cdiv(num_blocks, NUM_SPLITS)
+    for split in tl.static_range(NUM_SPLITS):
+        first_block = split * blocks_per_split
+        part = multiply_blocks(
+            x_ptr,
+            words_ptr,
+            scales_ptr,
+            zeros_ptr,
+            rows,
+            columns,
+            first_block,
+            tl.minimum(first_block + blocks_per_split, num_blocks),
+            num_rows,
+            num_inputs,
+            x_stride,
+            weight_stride,
+            GROUP_SIZE,
+            TILE_ROWS,
+            TILE_COLUMNS,
+            USE_ASSEMBLY,
+        )
+        if split == 0:
+            total = part
+        else:
+            total += part
+    store_tile(out_ptr, bias_ptr, total, rows, columns, num_rows, num_columns)
+
+
+def gemm_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] fp16 or bf16, any M, times a PLANAR weight [N, K] transposed, plus bias [N]: [M, N] in x's dtype.
+
+    The same sums in the same order as `gemv_int4`, in tiles for many rows. Raises ValueError for operands that do
+    not fit.
+    """
+    operands = check_linear(x, weight, bias)
+    tile = MANY_ROWS_TILES[operands.arch]
+    out = torch.empty((operands.num_rows, operands.num_columns), dtype=x.dtype, device=x.device)
+    if operands.num_rows == 0:
+        return out
+    grid = (triton.cdiv(operands.num_rows, tile.num_rows), triton.cdiv(operands.num_columns, tile.num_columns))
+    gemm_int4_kernel[grid](
+        x,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        bias,
+        out,
+        operands.num_rows,
+        operands.num_columns,
+        operands.num_inputs,
+        x.stride(0),
+        weight.codes.stride(0),
+        GROUP_SIZE=weight.group_size,
+        NUM_SPLITS=num_splits(operands.arch, operands.num_columns, operands.num_inputs),
+        TILE_ROWS=tile.num_rows,
+        TILE_COLUMNS=tile.num_columns,
+        USE_ASSEMBLY=not INTERPRETED,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

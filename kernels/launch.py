@@ -1,0 +1,34 @@
+"""What every Triton launch asks first: which GPU is this for, and may the operands be read there."""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.tiles import nearest_architecture
+
+# the interpreter (TRITON_INTERPRET=1) runs CPU tensors and knows no inline assembly
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+# whose tiles the interpreter takes
+INTERPRETED_ARCH = 90
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def launch_arch(operands: dict[str, Tensor]) -> int:
+    """The architecture in `tiles` to launch for. Raises ValueError when the named operands are not on one GPU."""
+    devices = {tensor.device for tensor in operands.values()}
+    if len(devices) > 1:
+        placed = ", ".join(f"{name} on {tensor.device}" for name, tensor in operands.items())
+        raise ValueError(f"all operands of a kernel must be on one device: {placed}")
+    device = devices.pop()
+    if device.type == "cuda":
+        return nearest_architecture(*torch.cuda.get_device_capability(device))
+    if INTERPRETED:
+        return INTERPRETED_ARCH
+    raise ValueError(f"the Triton kernels read CUDA tensors, not tensors on {device}")
+
+
+def check_half(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor is float16 or bfloat16."""
+    if tensor.dtype not in HALF_TYPES:
+        raise ValueError(f"{name} must be float16 or bfloat16 for the Triton kernels, not {tensor.dtype}")

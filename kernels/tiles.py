@@ -1,0 +1,122 @@
+"""Data: the sizes that kernels launch with, per GPU architecture and row bucket. Changed by a commit, never at run time.
+
+Legend: N = out features, K = in features. None of these numbers has been timed on a GPU yet.
+"""
+
+from dataclasses import dataclass
+
+from kernels.layout import PLANAR_BLOCK
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """num_processors: of its common server part. shared_bytes: what one program may use of shared memory."""
+
+    num_processors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """One program of the INT4 kernels: num_rows activations against num_columns outputs, 128 inputs a step."""
+
+    num_rows: int
+    num_columns: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """One program of paged attention: num_rows (token, head) pairs against num_keys cached tokens a step."""
+
+    num_rows: int
+    num_keys: int
+    num_warps: int
+    num_stages: int
+
+
+# compute capability times ten: shared memory from the CUDA programming guide, "maximum per thread block"
+ARCHITECTURES = {
+    80: Architecture(num_processors=108, shared_bytes=166_912),
+    86: Architecture(num_processors=84, shared_bytes=101_376),
+    89: Architecture(num_processors=128, shared_bytes=101_376),
+    90: Architecture(num_processors=132, shared_bytes=232_448),
+    100: Architecture(num_processors=148, shared_bytes=232_448),
+    120: Architecture(num_processors=170, shared_bytes=101_376),
+}
+
+MAX_FEW_ROWS = 64
+
+_SERVER_TILES = {
+    8: LinearTile(num_rows=8, num_columns=128, num_warps=4, num_stages=4),
+    16: LinearTile(num_rows=16, num_columns=128, num_warps=4, num_stages=4),
+    32: LinearTile(num_rows=32, num_columns=128, num_warps=4, num_stages=4),
+    64: LinearTile(num_rows=64, num_columns=128, num_warps=4, num_stages=3),
+}
+_DESKTOP_TILES = {
+    8: LinearTile(num_rows=8, num_columns=64, num_warps=4, num_stages=4),
+    16: LinearTile(num_rows=16, num_columns=64, num_warps=4, num_stages=4),
+    32: LinearTile(num_rows=32, num_columns=64, num_warps=4, num_stages=3),
+    64: LinearTile(num_rows=64, num_columns=64, num_warps=4, num_stages=3),
+}
+# keyed by architecture, then by the largest row count of the bucket
+FEW_ROWS_TILES = {
+    80: _SERVER_TILES,
+    86: _DESKTOP_TILES,
+    89: _DESKTOP_TILES,
+    90: _SERVER_TILES,
+    100: _SERVER_TILES,
+    120: _DESKTOP_TILES,
+}
+MANY_ROWS_TILES = {
+    80: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    86: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    89: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    90: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    100: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+}
+
+DECODE_TILE = AttentionTile(num_rows=16, num_keys=64, num_warps=4, num_stages=2)
+PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2)
+# cached tokens that one decode program reads; fixed, so that a sequence's sum never depends on its neighbours
+SPAN_TOKENS = 512
+
+# fewer blocks than this in a split and the pipeline is filling and draining all the time
+MIN_BLOCKS_PER_SPLIT = 4
+
+
+def nearest_architecture(major: int, minor: int) -> int:
+    """The listed architecture that a GPU of compute capability major.minor runs as: the newest not newer than it.
+
+    Raises ValueError below 8.0, which has no asynchronous copies and no bfloat16 tensor cores.
+    """
+    capability = 10 * major + minor
+    older = [arch for arch in ARCHITECTURES if arch <= capability]
+    if not older:
+        raise ValueError(f"the INT4 kernels need compute capability 8.0 or newer; this GPU has {major}.{minor}")
+    return max(older)
+
+
+def few_rows_tile(arch: int, num_rows: int) -> LinearTile:
+    """The tile for 1 to 64 rows of activations. Raises ValueError for more."""
+    for bucket, tile in FEW_ROWS_TILES[arch].items():
+        if num_rows <= bucket:
+            return tile
+    raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
+
+
+def num_splits(arch: int, num_columns: int, num_inputs: int) -> int:
+    """How many parts K is cut into, a power of two: enough programs for two on every processor, if K is long enough.
+
+    A function of the weight [N, K] and the architecture alone, so that a row's sum never depends on the batch.
+    """
+    num_blocks = -(-num_inputs // PLANAR_BLOCK)
+    num_tiles = -(-num_columns // FEW_ROWS_TILES[arch][8].num_columns)
+    splits = 1
+    while num_tiles * splits < 2 * ARCHITECTURES[arch].num_processors:
+        if num_blocks < 2 * splits * MIN_BLOCKS_PER_SPLIT:
+            break
+        splits *= 2
+    return splits

@@ -70,15 +70,17 @@ class JobStore:
         QueueFull when too many jobs wait.
         """
         with self._transaction() as connection:
-            if idempotency is not None:
-                query = "SELECT * FROM jobs WHERE idempotency_key = ?"
-                earlier = connection.execute(query, (idempotency.key,)).fetchone()
-                if earlier is not None:
-                    _check_same_request(earlier, idempotency)
-                    return job_from_row(earlier)
+            earlier = _find_submission(connection, idempotency)
+            if earlier is not None:
+                return earlier
             self._check_room(connection)
             _check_output_is_free(connection, recipe.output)
             return _insert(connection, recipe, idempotency)
+
+    def find_submission(self, idempotency: IdempotencyKey | None) -> JobRecord | None:
+        """The job that an earlier submission with this key made. Raises Conflict when its body was another."""
+        with self._reading() as connection:
+            return _find_submission(connection, idempotency)
 
     def get(self, job_id: str) -> JobRecord:
         """Raises NotFound for an unknown id."""
@@ -250,13 +252,19 @@ def _insert(connection: sqlite3.Connection, recipe: JobRecipe, idempotency: Idem
     )
 
 
-def _check_same_request(earlier: sqlite3.Row, idempotency: IdempotencyKey) -> None:
-    if earlier["request_digest"] != idempotency.request_digest:
+def _find_submission(connection: sqlite3.Connection, idempotency: IdempotencyKey | None) -> JobRecord | None:
+    if idempotency is None:
+        return None
+    row = connection.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (idempotency.key,)).fetchone()
+    if row is None:
+        return None
+    if row["request_digest"] != idempotency.request_digest:
         raise Conflict(
-            f"Idempotency-Key {idempotency.key!r} was used before with another body, for job {earlier['id']}; "
+            f"Idempotency-Key {idempotency.key!r} was used before with another body, for job {row['id']}; "
             "send that body again, or a new key",
             code="idempotency_key_reused",
         )
+    return job_from_row(row)
 
 
 def _check_output_is_free(connection: sqlite3.Connection, output: Path) -> None:

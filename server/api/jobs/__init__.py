@@ -1,0 +1,1 @@
+"""The quantization jobs over HTTP: their bodies, their rules, their routes."""

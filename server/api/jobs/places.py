@@ -1,0 +1,110 @@
+"""Which files and directories a client may name, and where results go. Reads the file system and changes nothing."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.api.jobs.schema import SELF_CALIBRATION, QuantizeBody
+from server.errors import Conflict, InvalidRequest
+from server.jobs.record import JobRecipe
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True)
+class JobPlaces:
+    """models_dir: where jobs write their checkpoints. model_roots: what a client may read, models_dir aside."""
+
+    models_dir: Path
+    model_roots: tuple[Path, ...]
+
+    def recipe_from_body(self, body: QuantizeBody) -> JobRecipe:
+        """Raises InvalidRequest for a name that leads nowhere allowed, Conflict for an output that exists."""
+        return JobRecipe(
+            source=self._resolve_model(body.model),
+            output=self._choose_output(body),
+            bits=body.bits,
+            group_size=None if body.group_size == "auto" else body.group_size,
+            method=body.method,
+            calib=self._resolve_calib(body.calib),
+        )
+
+    def _resolve_model(self, name: str) -> str:
+        path = self._find(name)
+        if path is None:
+            if _is_hub_name(name):
+                return name
+            raise InvalidRequest(
+                f"model {name!r} is neither a model under {self._roots_in_words()} nor a hub name like owner/model",
+                param="model",
+                code="model_not_found",
+            )
+        if not _is_model(path):
+            raise InvalidRequest(
+                f"model {name!r} is no model: give a directory with a config.json, or a .gguf file", param="model"
+            )
+        return str(path)
+
+    def _resolve_calib(self, name: str) -> str:
+        if name == SELF_CALIBRATION:
+            return name
+        path = self._find(name)
+        if path is not None and path.is_file():
+            return str(path)
+        if path is None and _is_hub_name(name):
+            return name
+        raise InvalidRequest(
+            f"calib {name!r} is neither {SELF_CALIBRATION!r}, nor a text file under {self._roots_in_words()}, "
+            "nor a hub data set like owner/name",
+            param="calib",
+        )
+
+    def _choose_output(self, body: QuantizeBody) -> Path:
+        output = self.models_dir.resolve() / (body.output or _default_output_name(body))
+        if output.exists() or output.is_symlink():
+            raise Conflict(
+                f"output {output.name!r} exists in {output.parent}; name another one, or delete it first",
+                param="output",
+                code="output_exists",
+            )
+        return output
+
+    def _find(self, name: str) -> Path | None:
+        """What a name leads to, links followed, if that lies under an allowed directory.
+
+        What lies elsewhere is treated as if it were not there, so that nobody can ask what the machine holds.
+        """
+        roots = [root.resolve() for root in (self.models_dir, *self.model_roots)]
+        for root in roots:
+            # joining an absolute path gives that path
+            path = (root / name).resolve()
+            if any(path.is_relative_to(allowed) for allowed in roots) and _is_there(path):
+                return path
+        return None
+
+    def _roots_in_words(self) -> str:
+        return " or ".join(str(root) for root in dict.fromkeys((self.models_dir, *self.model_roots)))
+
+
+def _is_hub_name(name: str) -> bool:
+    return HUB_NAME.fullmatch(name) is not None and ".." not in name
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # a name that is too long, or a directory that this user may not enter
+        return False
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+
+
+def _default_output_name(body: QuantizeBody) -> str:
+    """Like SmolLM2-135M-awq-w4g64; without the group size when the quantizer chooses it."""
+    stem = Path(body.model).name.removesuffix(".gguf")
+    group = "" if body.group_size == "auto" else f"g{body.group_size}"
+    name = f"{stem}-{body.method}-w{body.bits}{group}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")

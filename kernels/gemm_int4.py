@@ -1,4 +1,6 @@
-"""INT4 linear layer for many rows (prefill): one program sums all of K, in the order in which the few-row kernel does."""
+"""INT4 linear layer for many rows (prefill): one program sums all of K, in the few-row kernel's order."""
+
+# mypy: disable-error-code="untyped-decorator"
 
 import torch
 import triton
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from kernels.int4_operands import check_linear
 from kernels.int4_tile import BLOCK, multiply_blocks, store_tile
-from kernels.launch import INTERPRETED
+from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
 from kernels.tiles import MANY_ROWS_TILES, num_splits
 
@@ -29,7 +31,7 @@ def gemm_int4_kernel(
     NUM_SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
-    USE_ASSEMBLY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
     """Program (row tile, column tile) writes one tile of out [M, N]. Operands as in `multiply_blocks`.
 
@@ -58,7 +60,7 @@ def gemm_int4_kernel(
             GROUP_SIZE,
             TILE_ROWS,
             TILE_COLUMNS,
-            USE_ASSEMBLY,
+            INTERPRETED,
         )
         if split == 0:
             total = part
@@ -95,8 +97,9 @@ def gemm_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
         NUM_SPLITS=num_splits(operands.arch, operands.num_columns, operands.num_inputs),
         TILE_ROWS=tile.num_rows,
         TILE_COLUMNS=tile.num_columns,
-        USE_ASSEMBLY=not INTERPRETED,
+        INTERPRETED=IS_INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=FUSE_FLOATS,
     )
     return out

@@ -1,5 +1,7 @@
 """INT4 linear layer for few rows (decode): K is split over programs, and a second kernel adds the parts in order."""
 
+# mypy: disable-error-code="untyped-decorator"
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from kernels.int4_operands import LinearOperands, check_linear
 from kernels.int4_tile import BLOCK, multiply_blocks, store_tile
-from kernels.launch import INTERPRETED
+from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
 from kernels.tiles import few_rows_tile, num_splits
 
@@ -30,7 +32,7 @@ def gemv_int4_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
-    USE_ASSEMBLY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
     """Program (column tile, split) sums its K blocks into out [num_splits, M, N]; all rows are in one tile.
 
@@ -58,7 +60,7 @@ def gemv_int4_kernel(
         GROUP_SIZE,
         TILE_ROWS,
         TILE_COLUMNS,
-        USE_ASSEMBLY,
+        INTERPRETED,
     )
     part_ptr = out_ptr + split.to(tl.int64) * num_rows * num_columns
     store_tile(part_ptr, bias_ptr, total, rows, columns, num_rows, num_columns)
@@ -118,9 +120,10 @@ def gemv_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
         GROUP_SIZE=weight.group_size,
         TILE_ROWS=tile.num_rows,
         TILE_COLUMNS=tile.num_columns,
-        USE_ASSEMBLY=not INTERPRETED,
+        INTERPRETED=IS_INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=FUSE_FLOATS,
     )
     if is_split:
         _sum_parts(parts, bias, out, operands)
@@ -130,5 +133,13 @@ def gemv_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
 def _sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, operands: LinearOperands) -> None:
     grid = (operands.num_rows, triton.cdiv(operands.num_columns, SUM_COLUMNS))
     sum_parts_kernel[grid](
-        parts, bias, out, operands.num_rows, operands.num_columns, len(parts), TILE_COLUMNS=SUM_COLUMNS, num_warps=4
+        parts,
+        bias,
+        out,
+        operands.num_rows,
+        operands.num_columns,
+        len(parts),
+        TILE_COLUMNS=SUM_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=FUSE_FLOATS,
     )

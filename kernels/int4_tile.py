@@ -3,9 +3,12 @@
 Legend: N = out features, K = in features, M = rows of activations. Weights are operand A: the tile is [N, M].
 """
 
+# mypy: disable-error-code="untyped-decorator"
+
 import triton
 import triton.language as tl
 
+from kernels.launch import operand
 from kernels.layout import PLANAR_BLOCK, PLANAR_WORD_ROWS
 
 BLOCK = tl.constexpr(PLANAR_BLOCK)
@@ -32,32 +35,35 @@ BF16_ASSEMBLY = tl.constexpr(_planes_assembly(0x4300))
 
 
 @triton.jit
-def biased(integers: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+def biased(integers: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """int16 0..15 to 1024 + q in fp16, or 128 + q in bf16, without a conversion instruction."""
-    if DTYPE == tl.float16:
-        return (integers | FP16_BIAS_BITS).to(tl.float16, bitcast=True)
+    if dtype == tl.float16:
+        number = (integers | FP16_BIAS_BITS).to(tl.float16, bitcast=True)
     else:
-        return (integers | BF16_BIAS_BITS).to(tl.bfloat16, bitcast=True)
+        number = (integers | BF16_BIAS_BITS).to(tl.bfloat16, bitcast=True)
+    return operand(number, INTERPRETED)
 
 
 @triton.jit
-def biased_planes(words: tl.tensor, DTYPE: tl.constexpr, USE_ASSEMBLY: tl.constexpr) -> tl.tuple:
-    """The four nibbles of int16 words as four biased tensors. Assembly and plain path give the same bits."""
-    if not USE_ASSEMBLY:
-        return (
-            biased(words & 0xF, DTYPE),
-            biased((words >> 4) & 0xF, DTYPE),
-            biased((words >> 8) & 0xF, DTYPE),
-            biased((words >> 12) & 0xF, DTYPE),
-        )
-    elif DTYPE == tl.float16:
-        return tl.inline_asm_elementwise(
-            FP16_ASSEMBLY, "=r,=r,=r,=r,r", [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
+def biased_planes(words: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tuple:
+    """The four nibbles of int16 words as four biased tensors. Assembly and interpreted path give the same values."""
+    if INTERPRETED:
+        planes = (
+            biased(words & 0xF, dtype, INTERPRETED),
+            biased((words >> 4) & 0xF, dtype, INTERPRETED),
+            biased((words >> 8) & 0xF, dtype, INTERPRETED),
+            biased((words >> 12) & 0xF, dtype, INTERPRETED),
         )
     else:
-        return tl.inline_asm_elementwise(
-            BF16_ASSEMBLY, "=r,=r,=r,=r,r", [words], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
+        planes = tl.inline_asm_elementwise(
+            FP16_ASSEMBLY if dtype == tl.float16 else BF16_ASSEMBLY,
+            constraints="=r,=r,=r,=r,r",
+            args=[words],
+            dtype=(dtype, dtype, dtype, dtype),
+            is_pure=True,
+            pack=2,
         )
+    return planes
 
 
 @triton.jit
@@ -77,7 +83,7 @@ def multiply_blocks(
     GROUP_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
-    USE_ASSEMBLY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> tl.tensor:
     """The sum over K blocks first_block .. last_block: float32 [TILE_COLUMNS, TILE_ROWS].
 
@@ -85,26 +91,26 @@ def multiply_blocks(
     """
     PLANES_PER_GROUP: tl.constexpr = GROUP_SIZE // WORD_ROWS
     GROUPS_PER_BLOCK: tl.constexpr = BLOCK // GROUP_SIZE
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     word_rows = tl.arange(0, WORD_ROWS)
     # 64-bit from here on: an activation or a weight may hold more than 2**31 elements
     x_rows_ptr = x_ptr + rows.to(tl.int64)[None, :] * x_stride
     total = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
     for block in range(first_block, last_block):
         word_offsets = (word_rows.to(tl.int64) + block * WORD_ROWS)[:, None] * weight_stride + columns[None, :]
-        planes = biased_planes(tl.load(words_ptr + word_offsets), DTYPE, USE_ASSEMBLY)
+        planes = biased_planes(tl.load(words_ptr + word_offsets), dtype, INTERPRETED)
         for group in tl.static_range(GROUPS_PER_BLOCK):
             product = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
             group_row = block * GROUPS_PER_BLOCK + group
             group_offsets = columns + tl.cast(group_row, tl.int64) * weight_stride
-            zeros = biased(tl.load(zeros_ptr + group_offsets).to(tl.int16), DTYPE)
+            zeros = biased(tl.load(zeros_ptr + group_offsets).to(tl.int16), dtype, INTERPRETED)
             for plane in tl.static_range(group * PLANES_PER_GROUP, (group + 1) * PLANES_PER_GROUP):
                 # exact: both are integers that the type holds
                 weights = tl.trans(planes[plane] - zeros[None, :])
                 inputs = word_rows + (block * BLOCK + plane * WORD_ROWS)
                 inside = (inputs < num_inputs)[:, None] & (rows < num_rows)[None, :]
                 x = tl.load(x_rows_ptr + inputs[:, None], mask=inside, other=0.0)
-                product = tl.dot(weights, x, product)
+                product = tl.dot(weights, operand(x, INTERPRETED), product)
             scales = tl.load(scales_ptr + group_offsets).to(tl.float32)
             # an explicit fma, so that the bits do not hang on what the compiler contracts
             total = tl.fma(product, tl.broadcast_to(scales[:, None], total.shape), total)

@@ -1,17 +1,31 @@
-"""What every Triton launch asks first: which GPU is this for, and may the operands be read there."""
+"""What every Triton launch asks first: which GPU is this for, may the operands be read there, is it interpreted."""
+
+# mypy: disable-error-code="untyped-decorator"
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels.tiles import nearest_architecture
 
 # the interpreter (TRITON_INTERPRET=1) runs CPU tensors and knows no inline assembly
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 # whose tiles the interpreter takes
 INTERPRETED_ARCH = 90
 
+# kernels say fma where they mean it: what a compiler version contracts must not change the bits
+FUSE_FLOATS = False
+
 HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def operand(tensor: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """The tensor as an operand of arithmetic. The interpreter holds bfloat16 as bare bits: float32 has the values."""
+    if INTERPRETED:
+        tensor = tensor.to(tl.float32)
+    return tensor
 
 
 def launch_arch(operands: dict[str, Tensor]) -> int:
@@ -23,7 +37,7 @@ def launch_arch(operands: dict[str, Tensor]) -> int:
     device = devices.pop()
     if device.type == "cuda":
         return nearest_architecture(*torch.cuda.get_device_capability(device))
-    if INTERPRETED:
+    if IS_INTERPRETED:
         return INTERPRETED_ARCH
     raise ValueError(f"the Triton kernels read CUDA tensors, not tensors on {device}")
 

@@ -1,4 +1,4 @@
-"""Data: the sizes that kernels launch with, per GPU architecture and row bucket. Changed by a commit, never at run time.
+"""Data: the sizes kernels launch with, per GPU architecture and row bucket. Changed by a commit, never while running.
 
 Legend: N = out features, K = in features. None of these numbers has been timed on a GPU yet.
 """

@@ -33,9 +33,10 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 
 @dataclass(frozen=True)
 class JobRecipe:
-    """What to quantize, how, and where the result goes. group_size None lets the quantizer choose.
+    """What to quantize, how, and where the result goes. None leaves a value to the quantizer.
 
     source: a model directory, a GGUF file or a hub name. output: an absolute path that does not exist yet.
+    calib_samples, calib_seqlen: that many rows of calibration text, of that many tokens each.
     """
 
     source: str
@@ -44,6 +45,8 @@ class JobRecipe:
     group_size: int | None
     method: Method
     calib: str
+    calib_samples: int | None = None
+    calib_seqlen: int | None = None
 
 
 @dataclass(frozen=True)

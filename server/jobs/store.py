@@ -240,6 +240,8 @@ def _insert(connection: sqlite3.Connection, recipe: JobRecipe, idempotency: Idem
         "group_size": recipe.group_size,
         "method": recipe.method,
         "calib": recipe.calib,
+        "calib_samples": recipe.calib_samples,
+        "calib_seqlen": recipe.calib_seqlen,
         "idempotency_key": idempotency.key if idempotency else None,
         "request_digest": idempotency.request_digest if idempotency else None,
         "created_at": now,

@@ -169,16 +169,17 @@ class JobSupervisor:
 
 def quantizer_arguments(recipe: JobRecipe) -> list[str]:
     """The command line of one job, as `awq-serve quantize` takes it."""
-    group_size = "auto" if recipe.group_size is None else str(recipe.group_size)
-    return [
-        recipe.source,
-        str(recipe.output),
-        *("--bits", str(recipe.bits)),
-        *("--group-size", group_size),
-        *("--method", recipe.method),
-        *("--calib", recipe.calib),
-        *("--progress-format", "json"),
-    ]
+    options = {
+        "--bits": recipe.bits,
+        "--group-size": recipe.group_size,
+        "--method": recipe.method,
+        "--calib": recipe.calib,
+        "--calib-samples": recipe.calib_samples,
+        "--calib-seqlen": recipe.calib_seqlen,
+        "--progress-format": "json",
+    }
+    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return [recipe.source, str(recipe.output), *given]
 
 
 def _log_crash(task: asyncio.Task[None]) -> None:

@@ -27,6 +27,8 @@ class JobPlaces:
             group_size=None if body.group_size == "auto" else body.group_size,
             method=body.method,
             calib=self._resolve_calib(body.calib),
+            calib_samples=body.calib_samples,
+            calib_seqlen=body.calib_seqlen,
         )
 
     def _resolve_model(self, name: str) -> str:

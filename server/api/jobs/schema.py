@@ -35,6 +35,9 @@ class QuantizeBody(BaseModel):
     method: Method = "awq"
     calib: str = Field(default=SELF_CALIBRATION, min_length=1, max_length=MAX_NAME_CHARS)
 
+    calib_samples: int | None = Field(default=None, ge=1, le=4096)
+    calib_seqlen: int | None = Field(default=None, ge=1, le=8192)
+
     @field_validator(*(name for name in CHOICES if name), mode="before")
     @classmethod
     def check_choice(cls, value: object, info: ValidationInfo) -> object:
@@ -87,6 +90,8 @@ class JobSummary(BaseModel):
     group_size: int | Literal["auto"]
     method: Method
     calib: str
+    calib_samples: int | None
+    calib_seqlen: int | None
     progress: ProgressObject | None
     error: JobErrorObject | None
     created_at: int
@@ -110,6 +115,8 @@ class JobSummary(BaseModel):
             group_size=recipe.group_size if recipe.group_size is not None else "auto",
             method=recipe.method,
             calib=recipe.calib,
+            calib_samples=recipe.calib_samples,
+            calib_seqlen=recipe.calib_seqlen,
             progress=ProgressObject(**vars(progress)) if progress else None,
             error=JobErrorObject(message=job.error) if job.error is not None else None,
             created_at=job.created_at,

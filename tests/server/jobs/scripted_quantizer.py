@@ -1,0 +1,88 @@
+"""Stands in for the quantizer's command line: the SRC argument names the part it plays. Run as a script."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def say(event: str, **fields: object) -> None:
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def succeed(output: Path) -> None:
+    for done in range(4):
+        say("progress", phase="blocks", done=done, total=3, seconds_left=float(3 - done))
+    output.mkdir()
+    say("done", output=str(output), report={"perplexity": {"original": 32.5, "quantized": 35.25}, "args": sys.argv[2:]})
+
+
+def succeed_amid_noise(output: Path) -> None:
+    os.write(1, b'\xff\xfe not text\n[1, 2]\n{"event": "dance"}\n{"event": "progress", "done": "many"}\n\n')
+    os.write(1, b"x" * (17 * 2**20) + b"\n")
+    os.write(2, b"warning: \xff noise\n" * 1000)
+    succeed(output)
+
+
+def fail(output: Path) -> None:
+    say("failed", message="group size 128 does not divide the 576 in features of model.layers.0.self_attn.q_proj")
+    sys.exit(2)
+
+
+def crash(output: Path) -> None:
+    raise MemoryError("no room for the Gram matrix")
+
+
+def say_nothing(output: Path) -> None:
+    pass
+
+
+def hang(output: Path) -> None:
+    say("progress", phase="calibration", done=1, total=32, seconds_left=None)
+    while True:
+        signal.pause()
+
+
+def hang_with_child(output: Path) -> None:
+    """The child holds the pipes open after this process is gone."""
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    say("progress", phase=str(child.pid), done=0, total=1, seconds_left=None)
+    signal.pause()
+
+
+def ignore_sigterm(output: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hang(output)
+
+
+def finish_on_sigterm(output: Path) -> None:
+    """The cancellation that comes too late: the checkpoint is there by the time the signal is handled."""
+
+    def finish(number: int, frame: object) -> None:
+        succeed(output)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, finish)
+    hang(output)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        succeed,
+        succeed_amid_noise,
+        fail,
+        crash,
+        say_nothing,
+        hang,
+        hang_with_child,
+        ignore_sigterm,
+        finish_on_sigterm,
+    )
+}
+
+if __name__ == "__main__":
+    PARTS[sys.argv[1]](Path(sys.argv[2]))

@@ -190,7 +190,7 @@ def repack_int4_cpu(weight: PackedWeight) -> PackedWeight:
     Raises ValueError when the group size is no multiple of 32.
     """
     plain = unpack(weight)
-    num_rows, num_columns = weight.shape
+    num_rows = weight.shape[0]
     op_group_size = next((size for size in INT4_CPU_GROUP_SIZES if weight.group_size % size == 0), None)
     if op_group_size is None:
         raise ValueError(f"the CPU kernel reads group sizes that are multiples of 32, not {weight.group_size}")

@@ -1,0 +1,68 @@
+"""Typed reads from a JSON object: each checks one value and names it when it is wrong. Knows no model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quant.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class ConfigFields:
+    """`values` read from `source`, which every error names. A null counts as absent."""
+
+    values: Mapping[str, object]
+    source: str
+
+    def positive_int(self, name: str, *, default: int | None = None) -> int:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._error(name, value, "a whole number over 0")
+        return value
+
+    def positive_float(self, name: str, *, default: float | None = None) -> float:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise self._error(name, value, "a number over 0")
+        return float(value)
+
+    def boolean(self, name: str, *, default: bool) -> bool:
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            raise self._error(name, value, "true or false")
+        return value
+
+    def string(self, name: str, *, default: str) -> str:
+        value = self._value(name, default)
+        if not isinstance(value, str):
+            raise self._error(name, value, "a string")
+        return value
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """A token id or a list of them; absent means none."""
+        value = self.values.get(name)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        ids = tuple(item for item in listed if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+        if len(ids) != len(listed):
+            raise self._error(name, value, "a token id (0 or more) or a list of them")
+        return ids
+
+    def mapping(self, name: str) -> "ConfigFields | None":
+        """A nested object, None when absent."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self._error(name, value, "an object")
+        return ConfigFields(value, f"{self.source}: {name}")
+
+    def _value(self, name: str, default: object) -> object:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise CheckpointError(f"{self.source} has no {name}, which the model cannot be built without")
+        return default
+
+    def _error(self, name: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {name} is {value!r}; it must be {expected}")

@@ -1,0 +1,135 @@
+"""Which tensors a model of a given config has, and the check that a checkpoint has them all and no others."""
+
+from dataclasses import dataclass
+
+import torch
+
+from quant.checkpoint.reader import CheckpointReader
+from quant.errors import CheckpointError
+from server.model.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head"
+# computed, not learned: older transformers saved them
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_NAMES_IN_MESSAGE = 5
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear module by its name in the checkpoint; num_outputs = N, num_inputs = K."""
+
+    name: str
+    num_outputs: int
+    num_inputs: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: its linears by role, its norms' widths by name."""
+
+    prefix: str
+    query: LinearSpec
+    key: LinearSpec
+    value: LinearSpec
+    output: LinearSpec
+    gate: LinearSpec
+    up: LinearSpec
+    down: LinearSpec
+    norms: dict[str, int]
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+
+
+def layer_spec(config: ModelConfig, index: int) -> LayerSpec:
+    """What layer `index` of the config is made of."""
+    prefix = f"model.layers.{index}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norms = {f"{prefix}.input_layernorm.weight": hidden, f"{prefix}.post_attention_layernorm.weight": hidden}
+    if config.architecture.head_norm:
+        norms |= {f"{attention}.q_norm.weight": config.head_dim, f"{attention}.k_norm.weight": config.head_dim}
+    return LayerSpec(
+        prefix=prefix,
+        query=LinearSpec(f"{attention}.q_proj", queries, hidden, config.qkv_bias),
+        key=LinearSpec(f"{attention}.k_proj", keys, hidden, config.qkv_bias),
+        value=LinearSpec(f"{attention}.v_proj", keys, hidden, config.qkv_bias),
+        output=LinearSpec(f"{attention}.o_proj", hidden, queries, config.output_bias),
+        gate=LinearSpec(f"{mlp}.gate_proj", intermediate, hidden, config.mlp_bias),
+        up=LinearSpec(f"{mlp}.up_proj", intermediate, hidden, config.mlp_bias),
+        down=LinearSpec(f"{mlp}.down_proj", hidden, intermediate, config.mlp_bias),
+        norms=norms,
+    )
+
+
+def head_spec(config: ModelConfig) -> LinearSpec:
+    return LinearSpec(HEAD, config.vocab_size, config.hidden_size, bias=False)
+
+
+def check_tensors(reader: CheckpointReader, config: ModelConfig) -> None:
+    """Check names, shapes and dtypes before anything is loaded.
+
+    Raises CheckpointError naming what is missing, what is left over, or the tensor that is wrong.
+    """
+    layers = [layer_spec(config, index) for index in range(config.num_layers)]
+    linears = [linear for layer in layers for linear in layer.linears]
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (config.vocab_size, config.hidden_size),
+        FINAL_NORM: (config.hidden_size,),
+    }
+    for layer in layers:
+        shapes |= {name: (width,) for name, width in layer.norms.items()}
+    if not config.tie_word_embeddings or reader.tensor_names_of(HEAD):
+        linears.append(head_spec(config))
+    packed_names: set[str] = set()
+    for linear in linears:
+        if linear.bias:
+            shapes[f"{linear.name}.bias"] = (linear.num_outputs,)
+        if reader.is_quantized(linear.name):
+            _check_packed_shape(reader, linear)
+            packed_names |= set(reader.tensor_names_of(linear.name)) - {f"{linear.name}.bias"}
+        else:
+            shapes[f"{linear.name}.weight"] = (linear.num_outputs, linear.num_inputs)
+    _check_names(reader, set(shapes) | packed_names)
+    for name, shape in shapes.items():
+        _check_dense(reader, name, shape)
+
+
+def _check_names(reader: CheckpointReader, expected: set[str]) -> None:
+    present = {name for name in reader.tensor_names if not name.endswith(IGNORED_SUFFIXES)}
+    if missing := expected - present:
+        raise CheckpointError(
+            f"the checkpoint lacks {_list_names(missing)}; fetch it again, or its config is another's"
+        )
+    if left_over := present - expected:
+        raise CheckpointError(
+            f"the checkpoint has {_list_names(left_over)}, which a model of its config has no place for"
+        )
+
+
+def _check_packed_shape(reader: CheckpointReader, linear: LinearSpec) -> None:
+    shape = reader.packed_shape(linear.name)
+    if shape != (linear.num_outputs, linear.num_inputs):
+        raise CheckpointError(
+            f"{linear.name} is quantized with {shape[0]} outputs and {shape[1]} inputs; "
+            f"the config asks for {linear.num_outputs} and {linear.num_inputs}"
+        )
+
+
+def _check_dense(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
+    if reader.shape(name) != shape:
+        raise CheckpointError(f"{name} has the shape {list(reader.shape(name))}; the config asks for {list(shape)}")
+    if reader.dtype(name) not in FLOAT_DTYPES:
+        raise CheckpointError(f"{name} is {reader.dtype(name)}; it must be float32, bfloat16 or float16")
+
+
+def _list_names(names: set[str]) -> str:
+    shown = sorted(names)[:MAX_NAMES_IN_MESSAGE]
+    others = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {others} more" if others else "")

@@ -1,0 +1,141 @@
+"""From a checkpoint directory to a decoder on a device. Strict: nothing missing, nothing left over, nothing guessed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.layout import concatenate_rows
+from quant.checkpoint.reader import CheckpointReader
+from quant.errors import CheckpointError
+from server.model.config import ModelConfig, read_model_config
+from server.model.decoder import Attention, Decoder, DecoderLayer, Mlp
+from server.model.expected_tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LinearSpec,
+    check_tensors,
+    layer_spec,
+)
+from server.model.layers import (
+    DenseLinear,
+    JoinedLinear,
+    Linear,
+    QuantizedLinear,
+    RmsNorm,
+    inverse_frequencies,
+)
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How many of the model's layers are on the device."""
+
+    num_layers_loaded: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """config.dtype is the dtype that the decoder computes in."""
+
+    decoder: Decoder
+    config: ModelConfig
+
+
+def load_model(
+    directory: Path, device: torch.device, dtype: torch.dtype | None, report: Callable[[LoadProgress], None]
+) -> LoadedModel:
+    """Load a checkpoint, quantized or not. dtype None means float32 on a CPU, the checkpoint's own on a GPU.
+
+    Raises CheckpointError, before anything is loaded, when the directory is no checkpoint of a known architecture or
+    a tensor is missing, left over, or of the wrong shape or dtype; ValueError for a device without kernels.
+    """
+    dispatch.runtime_layout(device)
+    reader = CheckpointReader.open(directory)
+    config = read_model_config(directory)
+    check_tensors(reader, config)
+    source = _Source(reader, device, dtype or _default_dtype(reader, config, device))
+    embedding = source.read_dense(EMBEDDING)
+    layers = []
+    for index in range(config.num_layers):
+        layers.append(_build_layer(source, config, index))
+        report(LoadProgress(index + 1, config.num_layers))
+    decoder = Decoder(
+        embedding=embedding,
+        layers=tuple(layers),
+        final_norm=source.read_norm(FINAL_NORM, config),
+        head=_build_head(source, config, embedding),
+        inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(device),
+    )
+    return LoadedModel(decoder, replace(config, dtype=source.dtype))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The checkpoint's tensors, as the device's kernels want them."""
+
+    reader: CheckpointReader
+    device: torch.device
+    dtype: torch.dtype
+
+    def read_dense(self, name: str) -> Tensor:
+        return self.reader.read_tensor(name).to(device=self.device, dtype=self.dtype)
+
+    def read_norm(self, name: str, config: ModelConfig) -> RmsNorm:
+        return RmsNorm(self.read_dense(name), config.rms_norm_eps)
+
+    def read_linear(self, specs: Sequence[LinearSpec]) -> Linear:
+        """One layer for modules that share their input: joined along N where all are dense, or quantized alike."""
+        quantized = [self.reader.is_quantized(spec.name) for spec in specs]
+        biases = [self.read_dense(f"{spec.name}.bias") for spec in specs if spec.bias]
+        bias = torch.cat(biases) if biases else None
+        if not any(quantized):
+            return DenseLinear(torch.cat([self.read_dense(f"{spec.name}.weight") for spec in specs]), bias)
+        if not all(quantized):
+            return JoinedLinear(tuple(self.read_linear([spec]) for spec in specs))
+        weight = concatenate_rows([self.reader.read_packed(spec.name) for spec in specs])
+        try:
+            return QuantizedLinear(dispatch.prepare_weight(weight, self.device), bias)
+        except ValueError as error:
+            raise CheckpointError(f"{specs[0].name}: {error}") from error
+
+
+def _build_layer(source: _Source, config: ModelConfig, index: int) -> DecoderLayer:
+    spec = layer_spec(config, index)
+    attention_norm, mlp_norm, *head_norms = (source.read_norm(name, config) for name in spec.norms)
+    query_norm, key_norm = head_norms or (None, None)
+    attention = Attention(
+        qkv=source.read_linear((spec.query, spec.key, spec.value)),
+        output=source.read_linear((spec.output,)),
+        query_norm=query_norm,
+        key_norm=key_norm,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        sliding_window=config.layer_windows[index],
+    )
+    mlp = Mlp(gate_up=source.read_linear((spec.gate, spec.up)), down=source.read_linear((spec.down,)))
+    return DecoderLayer(attention_norm, attention, mlp_norm, mlp)
+
+
+def _build_head(source: _Source, config: ModelConfig, embedding: Tensor) -> Linear:
+    """The output head. A tied model may ship one all the same: a dense one that differs wins, a packed one is a copy
+    of the embedding with less precision and is left."""
+    tied = DenseLinear(embedding, None)
+    if not config.tie_word_embeddings:
+        return source.read_linear((LinearSpec(HEAD, config.vocab_size, config.hidden_size, bias=False),))
+    if f"{HEAD}.weight" not in source.reader.tensor_names:
+        return tied
+    weight = source.read_dense(f"{HEAD}.weight")
+    return tied if torch.equal(weight, embedding) else DenseLinear(weight, None)
+
+
+def _default_dtype(reader: CheckpointReader, config: ModelConfig, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    return config.dtype or reader.dtype(EMBEDDING)

@@ -34,6 +34,6 @@ def parse_event(line: bytes) -> QuantizerEvent | None:
     """The event in a line; None for anything else, as libraries print what they like."""
     try:
         event: QuantizerEvent = _DECODER.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return event

@@ -1,6 +1,6 @@
 """The engine as the API sees it, whatever carries the messages. Imports neither torch nor any transport."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from server.engine.request import EngineStatus, GenerationRequest, TokenEvent
@@ -22,7 +22,7 @@ class EngineClient(Protocol):
     async def stop(self, drain_seconds: float) -> None:
         """Take no more requests, let those under way finish for drain_seconds, end the others with ABORTED."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """An async generator of the request's news; the last event has a finish reason.
 
         Nothing is sent before the first event is awaited, so that is where the errors of admission come from:

@@ -1,0 +1,39 @@
+"""Who may call what. Every route that is not in the public router asks for a key; the decision never reads the path."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from server.errors import AuthenticationFailed
+
+SCHEME = "bearer "
+
+
+class KeyRing:
+    """The keys that open the server, kept as digests. Without any key, everything is open."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def check(self, authorization: str | None) -> None:
+        """Raise AuthenticationFailed unless the header carries one of the keys."""
+        if not self._digests:
+            return
+        if authorization is None or not authorization.lower().startswith(SCHEME):
+            raise AuthenticationFailed("send your API key in the header `Authorization: Bearer KEY`")
+        offered = _digest(authorization[len(SCHEME) :].strip())
+        # all of them, each in constant time, so that the time tells nothing
+        if not sum([hmac.compare_digest(offered, digest) for digest in self._digests]):
+            raise AuthenticationFailed("the API key is not one that this server knows")
+
+
+async def require_key(request: Request) -> None:
+    """The dependency of every router that is not public."""
+    ring: KeyRing = request.app.state.key_ring
+    ring.check(request.headers.get("authorization"))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

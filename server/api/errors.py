@@ -1,0 +1,101 @@
+"""Every error as OpenAI's body {"error": {"message", "type", "param", "code"}}, whoever raised it."""
+
+import orjson
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from server.errors import InvalidRequest, ServerError
+
+log = structlog.get_logger(__name__)
+
+MAX_SHOWN_CHARACTERS = 80
+# the part of a request where FastAPI found an error, which comes before the name
+_REQUEST_PARTS = frozenset({"body", "query", "path", "header"})
+_TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def error_bytes(error: ServerError) -> bytes:
+    """The body for an error, as JSON."""
+    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return orjson.dumps({"error": {name: _encodable(value) for name, value in body.items()}})
+
+
+def error_response(error: ServerError) -> Response:
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(error_bytes(error), error.status, headers, media_type="application/json")
+
+
+def invalid_request_from(error: ValidationError | RequestValidationError) -> InvalidRequest:
+    """The first thing that a schema found wrong, as a sentence that names the field and what was given."""
+    detail = error.errors()[0]
+    location = [part for part in detail["loc"] if part not in _REQUEST_PARTS]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "json_invalid":
+        return InvalidRequest("the body is no valid JSON")
+    if not location:
+        return InvalidRequest(f"the body must be a JSON object, and it is {describe(detail.get('input'))}")
+    param = str(location[0])
+    path = ".".join(str(part) for part in location)
+    if detail["type"] == "missing":
+        return InvalidRequest(f"{path} is required", param=param)
+    if detail["type"] == "value_error":
+        # our own validators write whole sentences
+        return InvalidRequest(message, param=param)
+    wish = message.replace("Input should", "should").removesuffix(".")
+    return InvalidRequest(f"{path} {wish}, and it is {describe(detail.get('input'))}", param=param)
+
+
+def describe(value: object) -> str:
+    """A value from a request as it looked there, cut to a length that fits into a sentence."""
+    try:
+        text = orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        text = str(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error of an application OpenAI's body; those nobody expected are logged and told nothing of."""
+
+    @app.exception_handler(ServerError)
+    async def answer_server_error(_request: Request, error: ServerError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def answer_invalid_request(_request: Request, error: RequestValidationError) -> Response:
+        return error_response(invalid_request_from(error))
+
+    @app.exception_handler(HTTPException)
+    async def answer_http_exception(request: Request, error: HTTPException) -> Response:
+        refusal = ServerError(_http_message(request, error))
+        refusal.status = error.status_code
+        refusal.type = _TYPE_OF_STATUS.get(error.status_code, "invalid_request_error")
+        response = error_response(refusal)
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def answer_unexpected(request: Request, error: Exception) -> Response:
+        log.error("unexpected error", path=request.scope["path"], error=repr(error))
+        return error_response(ServerError("the server failed on this request; its log says why"))
+
+
+def _http_message(request: Request, error: HTTPException) -> str:
+    path = request.scope["path"]
+    if error.status_code == 404:
+        return f"there is no route {path}"
+    if error.status_code == 405:
+        return f"{path} does not take {request.method}"
+    return str(error.detail)
+
+
+def _encodable(value: str | None) -> str | None:
+    """Lone surrogates, which a client's JSON may hold, have no bytes."""
+    return value.encode("utf-8", "replace").decode() if value is not None else None

@@ -1,0 +1,42 @@
+"""A request's body to a checked model. NaN, lone surrogates and deep nesting are refused."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import orjson
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from server.api.errors import invalid_request_from
+from server.api.limits import check_json_depth
+from server.errors import InvalidRequest
+
+Body = TypeVar("Body", bound=BaseModel)
+# a larger body takes milliseconds to parse and check, which other requests' streams should not wait for
+LARGE_BODY_BYTES = 1 << 16
+
+
+def json_body(schema: type[Body]) -> Callable[[Request], Awaitable[Body]]:
+    """A dependency that gives a route its body, whatever content type the client named."""
+
+    async def read(request: Request) -> Body:
+        content = await request.body()
+        if len(content) > LARGE_BODY_BYTES:
+            return await asyncio.to_thread(parse_body, content, schema)
+        return parse_body(content, schema)
+
+    return read
+
+
+def parse_body(content: bytes, schema: type[Body]) -> Body:
+    """Raises InvalidRequest with what is wrong, and with the field's name as `param`."""
+    if not content:
+        raise InvalidRequest("the body is empty, and it must be a JSON object")
+    check_json_depth(content)
+    try:
+        return schema.model_validate(orjson.loads(content))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is no valid JSON: {error}") from error
+    except ValidationError as error:
+        raise invalid_request_from(error) from error

@@ -1,0 +1,178 @@
+"""Every setting of the server, read once from flags, environment and file, then frozen. Nothing else reads them."""
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from server.engine.config import Device, DType, EngineConfig
+
+ENVIRONMENT_PREFIX = "AWQ_SERVE_"
+# names the settings file itself, so it cannot be in one
+CONFIG_VARIABLE = "AWQ_SERVE_CONFIG"
+MEBIBYTE = 1 << 20
+
+
+class SettingsError(Exception):
+    """A setting is unknown, out of range or does not fit another; the message is for the terminal."""
+
+
+class Settings(BaseSettings):
+    """What a server is told. Flags win over AWQ_SERVE_* variables, those over the file, that over the defaults.
+
+    model: a checkpoint directory or a hub name; None is the demo model. api_keys: any of them opens every route that
+    is not public. data_dir: jobs, finished checkpoints and the demo model. drain_seconds: how long requests under
+    way may finish after SIGTERM. The engine's settings are explained in server/engine/config.py.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, extra="forbid")
+
+    model: str | None = None
+    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_keys: Annotated[tuple[str, ...], NoDecode, Field(repr=False)] = ()
+    api_key_file: Path | None = None
+    allow_insecure_bind: bool = False
+    data_dir: Path = Path("~/.local/share/awq-serve")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+
+    device: Device = "auto"
+    dtype: DType = "auto"
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
+    block_size: Annotated[int, Field(ge=1)] | None = None
+    kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_waiting: Annotated[int, Field(ge=0)] = 256
+    num_threads: Annotated[int, Field(ge=1)] | None = None
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MEBIBYTE
+    max_prompts: Annotated[int, Field(ge=1)] = 128
+    max_stop_strings: Annotated[int, Field(ge=1)] = 16
+    max_stop_characters: Annotated[int, Field(ge=1)] = 256
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        """An environment variable holds several keys with commas between."""
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in keys):
+            raise ValueError("an API key is printable ASCII without spaces around it, and not empty")
+        return keys
+
+    @field_validator("data_dir", "api_key_file")
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        return path.expanduser().absolute() if path is not None else None
+
+    @model_validator(mode="after")
+    def _check_public_bind(self) -> Self:
+        if self.allow_insecure_bind or self.api_keys or self.api_key_file or is_loopback(self.host):
+            return self
+        raise ValueError(
+            f"host {self.host} is reachable from other machines and there is no API key; add --api-key KEY, "
+            "or --allow-insecure-bind if something else guards the port"
+        )
+
+    def engine_config(self, model_path: Path) -> EngineConfig:
+        """The part of the settings that the engine gets, for a model directory."""
+        return EngineConfig(
+            model_path=str(model_path),
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            kv_cache_bytes=self.kv_cache_bytes,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_waiting=self.max_waiting,
+            num_threads=self.num_threads,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address or name that a server listens on."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(flags: Mapping[str, object], config_file: Path | None = None) -> Settings:
+    """Read the settings: the given flags, the environment, and the TOML file given or named by AWQ_SERVE_CONFIG.
+
+    An API key file's keys, one a line, are added to api_keys. Raises SettingsError, which names what is wrong.
+    """
+    if config_file is None and CONFIG_VARIABLE in os.environ:
+        config_file = Path(os.environ[CONFIG_VARIABLE])
+    if config_file is not None and not config_file.is_file():
+        raise SettingsError(f"the settings file {config_file} does not exist")
+    _check_variables()
+
+    class FileSettings(Settings):
+        model_config = SettingsConfigDict(toml_file=config_file)
+
+    try:
+        settings = FileSettings.model_validate(flags)
+        if settings.api_key_file is None:
+            return settings
+        keys = settings.api_key_file.read_text(encoding="utf-8").split()
+        return FileSettings.model_validate({**flags, "api_keys": (*settings.api_keys, *keys)})
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(detail["loc"], detail["msg"]) for detail in error.errors())) from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"the settings file {config_file} is no valid TOML: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"the API key file cannot be read: {error}") from error
+
+
+def _check_variables() -> None:
+    """A misspelt variable must not be ignored in silence."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    unknown = sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    if unknown:
+        raise SettingsError(
+            f"unknown environment variables: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+
+
+def _sentence(location: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return message
+    name = str(location[0])
+    if message == "Extra inputs are not permitted":
+        return f"unknown setting {name!r}; known are {', '.join(sorted(Settings.model_fields))}"
+    return f"{name.replace('_', '-')}: {message[0].lower()}{message[1:]}"

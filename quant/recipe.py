@@ -1,0 +1,66 @@
+"""The one frozen description of a quantization, valid from the moment it exists. It reads no model and no file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kernels.layout import SUPPORTED_BITS
+from quant.errors import RecipeError
+
+GROUP_SIZES = (128, 64, 32)
+SELF_CALIBRATION = "self"
+
+
+class Method(StrEnum):
+    """How codes are found: AWQ searches scales and ranges first, RTN rounds the weights as they are."""
+
+    AWQ = "awq"
+    RTN = "rtn"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model.
+
+    calibration: "self" (the model writes its own text), the path of a text file, or the name of a hub data set.
+    num_samples, sample_tokens: the calibration text is num_samples rows of sample_tokens tokens each.
+    Raises RecipeError, naming the option, when a value is out of range.
+    """
+
+    method: Method = Method.AWQ
+    bits: int = 4
+    group_size: int | None = None
+    calibration: str = SELF_CALIBRATION
+    num_samples: int = 32
+    sample_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise RecipeError(f"bits is {self.bits}; supported: {', '.join(map(str, SUPPORTED_BITS))}")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}")
+        if not self.calibration.strip():
+            raise RecipeError("calibration is empty; give self, the path of a text file, or the name of a hub data set")
+        for name, value in (("calibration samples", self.num_samples), ("calibration tokens", self.sample_tokens)):
+            if value < 1:
+                raise RecipeError(f"{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise RecipeError(f"seed is {self.seed}; it must be 0 or more")
+
+
+def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:
+    """The group size for a model whose linears have these in features: the requested one, or the largest that fits.
+
+    Raises RecipeError naming the first layer that the size does not divide.
+    """
+    candidates = GROUP_SIZES if requested is None else (requested,)
+    for group_size in candidates:
+        if all(size % group_size == 0 for size in in_features.values()):
+            return group_size
+    smallest = candidates[-1]
+    name, size = next((name, size) for name, size in in_features.items() if size % smallest)
+    fitting = [group for group in GROUP_SIZES if all(size % group == 0 for size in in_features.values())]
+    advice = f"use {' or '.join(map(str, fitting))}" if fitting else "no supported group size fits this model"
+    raise RecipeError(f"group size {smallest} does not divide the {size} in features of {name}; {advice}")

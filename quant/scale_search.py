@@ -1,0 +1,128 @@
+"""Searches the input scales of linears that share one input (AWQ, arXiv 2306.00978, section 3.2). Changes no weight.
+
+Legend: N = out features of a linear, K = in features, C = channels of the operation that makes the input.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.capture import InputStatistics
+from quant.rounding import round_plainly
+
+# the paper's grid for the exponent, 0 excluded: that is the identity
+EXPONENTS = tuple(index / 20 for index in range(1, 21))
+# magnitudes below this would make scales that float16 cannot hold
+SMALLEST_MAGNITUDE = 1e-4
+# stands for the output of an all-zero weight, whose error is 0 as well
+SMALLEST_SIGNAL = 1e-30
+# candidates are ranked on evenly spread rows: the scale is shared by all rows, so a sample ranks as all of them do
+RANKING_ROWS = 128
+# the best of the ranking are measured on all rows
+NUM_FINALISTS = 2
+
+
+@dataclass(frozen=True)
+class ChannelSpread:
+    """How C channels of the feeding operation reach K inputs: every run of `width` channels comes `repeats` times.
+
+    A norm has repeats 1. With grouped-query attention each value head (width: the head's) feeds `repeats` query heads.
+    """
+
+    width: int
+    repeats: int
+
+    def expand(self, per_channel: Tensor) -> Tensor:
+        """[C] to [K]."""
+        return per_channel.view(-1, 1, self.width).expand(-1, self.repeats, -1).reshape(-1)
+
+    def average(self, per_input: Tensor) -> Tensor:
+        """[K] to [C], the mean over the repeats."""
+        return per_input.view(-1, self.repeats, self.width).mean(dim=1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Linears that read one input: their weights float32 [N, K], what is known of the input, how it is fed."""
+
+    weights: Sequence[Tensor]
+    statistics: InputStatistics
+    spread: ChannelSpread
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How weights are rounded: `bits` a code, `group_size` input channels a scale."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class ScaleCandidate:
+    """A scale float32 [C], and the formula it came from: identity, x^a, or x^a/w^(1-a)."""
+
+    name: str
+    scale: Tensor
+
+
+def search_scale(shared: SharedInput, grouping: Grouping) -> ScaleCandidate:
+    """The candidate of the least loss. The identity is one of them, so the choice is never worse than plain rounding.
+
+    The loss is the sum over the linears of tr(D G D^T) / tr(W G W^T), with the effective error D = W - round(W s) / s.
+    """
+    candidates = list(scale_candidates(shared, grouping.group_size))
+    ranking_rows = [weight[:: -(-weight.shape[0] // RANKING_ROWS)] for weight in shared.weights]
+    ranked = sorted(candidates, key=_loss_on(ranking_rows, shared, grouping))
+    # the sort is stable and the identity comes first, so a tie leaves the weights as they are
+    finalists = [candidates[0], *(candidate for candidate in ranked[:NUM_FINALISTS] if candidate is not candidates[0])]
+    return min(finalists, key=_loss_on(shared.weights, shared, grouping))
+
+
+def scale_candidates(shared: SharedInput, group_size: int) -> Iterator[ScaleCandidate]:
+    """The identity, the paper's x^a, and AutoAWQ's x^a / w^(1-a), normalised so that sqrt(max * min) is 1."""
+    magnitude = shared.spread.average(shared.statistics.mean_magnitude).clamp(min=SMALLEST_MAGNITUDE)
+    weight_magnitude = shared.spread.average(relative_magnitude(shared.weights, group_size)).clamp(SMALLEST_MAGNITUDE)
+    yield ScaleCandidate("identity", torch.ones_like(magnitude))
+    for exponent in EXPONENTS:
+        activation = exponent * magnitude.log()
+        yield ScaleCandidate(f"x^{exponent:.2f}", _normalised(activation))
+        weight = (1 - exponent) * weight_magnitude.log()
+        yield ScaleCandidate(f"x^{exponent:.2f}/w^{1 - exponent:.2f}", _normalised(activation - weight))
+
+
+def relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
+    """[K]: the mean over all rows of |w| beside the largest |w| of its group (AutoAWQ quantizer.py)."""
+    groups = torch.cat(list(weights)).abs().unflatten(-1, (-1, group_size))
+    largest = groups.amax(dim=-1, keepdim=True)
+    return (groups / largest.clamp(min=torch.finfo(torch.float32).tiny)).flatten(-2).mean(dim=0)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """The mean squared output error per row of difference [N, K] for inputs of gram [K, K]: diag(D G D^T), [N]."""
+    return ((difference @ gram) * difference).sum(dim=-1)
+
+
+def _loss_on(
+    weights: Sequence[Tensor], shared: SharedInput, grouping: Grouping
+) -> Callable[[ScaleCandidate], float]:
+    gram = shared.statistics.gram
+    # equal for all candidates, so computed once
+    signals = [float(output_error(weight, gram).sum()) for weight in weights]
+
+    def loss(candidate: ScaleCandidate) -> float:
+        scale = shared.spread.expand(candidate.scale)
+        total = 0.0
+        for weight, signal in zip(weights, signals, strict=True):
+            difference = weight - round_plainly(weight * scale, grouping.group_size, grouping.bits) / scale
+            total += float(output_error(difference, gram).sum()) / max(signal, SMALLEST_SIGNAL)
+        return total
+
+    return loss
+
+
+def _normalised(logarithm: Tensor) -> Tensor:
+    # in log space: max * min of the values themselves underflows where a channel is nearly dead
+    return (logarithm - (logarithm.max() + logarithm.min()) / 2).exp()

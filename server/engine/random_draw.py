@@ -1,0 +1,67 @@
+"""Draws from a distribution. A draw is a function of (seed, position) alone: no generator, no state, no batch mates.
+
+Legend: S = rows, V = vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+# 52 bits: u * total stays below total after rounding
+_UNIFORM_BITS = 52
+# wide enough that sums over blocks are few, narrow enough that one block is cheap
+_LARGEST_BLOCK = 256
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for the token at a position: SplitMix64 (Steele et al. 2014) keyed by both, as a counter."""
+    word = _mix(_mix(seed & _MASK) ^ ((position * _GOLDEN_GAMMA) & _MASK))
+    return (word >> (64 - _UNIFORM_BITS)) * 2.0**-_UNIFORM_BITS
+
+
+def _mix(word: int) -> int:
+    word = (word + _GOLDEN_GAMMA) & _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)
+
+
+def draw(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:
+    """The inverse of each row's cumulative distribution at its uniform number.
+
+    probs_SV: float32 [S, V], rows need not sum to 1. uniforms_S: float64 [S] in [0, 1). Returns int64 [S]. A token of
+    probability 0 is never drawn. In two levels, as a cumulative sum over a whole vocabulary is slow on a CPU. A row of
+    NaN gives some token within range.
+    """
+    block = math.gcd(probs_SV.shape[1], _LARGEST_BLOCK)
+    blocks = probs_SV.view(len(probs_SV), -1, block)
+    masses = blocks.sum(dim=-1)
+    block_index, fraction = _invert(masses, uniforms_S)
+    chosen = blocks[torch.arange(len(blocks), device=blocks.device), block_index]
+    return block_index * block + _invert(chosen, fraction)[0]
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the weight that each uniform number falls on, and how far into it, in [0, 1)."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    target = (uniforms * cumulative[:, -1])[:, None]
+    index = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[1] - 1)
+    weight = weights.gather(1, index).double()
+    fraction = 1 - (cumulative.gather(1, index) - target) / weight
+    return index[:, 0], fraction[:, 0].clamp_(0, 1 - 2.0**-_UNIFORM_BITS)
+
+
+def row_argmax(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index of each row's largest element, int64 [S], and that element [S] (NaN where a row holds one).
+
+    In two levels: a plain argmax over a vocabulary is ten times slower on a CPU than the maximum.
+    """
+    block = math.gcd(logits_SV.shape[1], _LARGEST_BLOCK)
+    blocks = logits_SV.view(len(logits_SV), -1, block)
+    peaks = blocks.amax(dim=-1)
+    block_index = peaks.argmax(dim=-1)
+    chosen = blocks[torch.arange(len(blocks), device=blocks.device), block_index]
+    return block_index * block + chosen.argmax(dim=-1), peaks.gather(1, block_index[:, None])[:, 0]

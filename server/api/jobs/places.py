@@ -89,7 +89,8 @@ class JobPlaces:
 
 
 def _is_hub_name(name: str) -> bool:
-    return HUB_NAME.fullmatch(name) is not None and ".." not in name
+    # a path of that shape that exists is one that `_find` has refused, and the quantizer would open it
+    return HUB_NAME.fullmatch(name) is not None and ".." not in name and not _is_there(Path(name))
 
 
 def _is_there(path: Path) -> bool:

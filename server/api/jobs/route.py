@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 
 from server.api.jobs.schema import JobList, JobObject, QuantizeBody
 from server.api.jobs.serving import QuantizeJobs
+from server.api.json_body import json_body
 
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
@@ -24,7 +25,7 @@ Jobs = Annotated[QuantizeJobs, Depends(quantize_jobs)]
 
 @router.post("", status_code=status.HTTP_202_ACCEPTED)
 async def create_job(
-    body: QuantizeBody,
+    body: Annotated[QuantizeBody, Depends(json_body(QuantizeBody))],
     jobs: Jobs,
     response: Response,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,

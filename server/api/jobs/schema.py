@@ -2,12 +2,12 @@
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
+from server.api.errors import describe
 from server.jobs.record import JobRecord, JobState, Method
 from server.jobs.store import JobPage
 
@@ -34,25 +34,24 @@ class QuantizeBody(BaseModel):
     group_size: int | Literal["auto"] = "auto"
     method: Method = "awq"
     calib: str = Field(default=SELF_CALIBRATION, min_length=1, max_length=MAX_NAME_CHARS)
-
     calib_samples: int | None = Field(default=None, ge=1, le=4096)
     calib_seqlen: int | None = Field(default=None, ge=1, le=8192)
 
     @field_validator(*(name for name in CHOICES if name), mode="before")
     @classmethod
-    def check_choice(cls, value: object, info: ValidationInfo) -> object:
+    def check_choice(cls, value: object, info: ValidationInfo[None]) -> object:
         choices = CHOICES[info.field_name]
         # 4.0 and true are no 4
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             allowed = " or ".join(json.dumps(choice) for choice in choices)
-            raise ValueError(f"{info.field_name} must be {allowed}, not {reprlib.repr(value)}")
+            raise ValueError(f"{info.field_name} must be {allowed}, and it is {describe(value)}")
         return value
 
     @field_validator("model", "calib")
     @classmethod
-    def check_printable(cls, value: str, info: ValidationInfo) -> str:
+    def check_printable(cls, value: str, info: ValidationInfo[None]) -> str:
         if not value.isprintable():
-            raise ValueError(f"{info.field_name} must be printable text, not {reprlib.repr(value)}")
+            raise ValueError(f"{info.field_name} must be printable text, and it is {describe(value)}")
         return value
 
     @field_validator("output")
@@ -60,8 +59,8 @@ class QuantizeBody(BaseModel):
     def check_output(cls, value: str | None) -> str | None:
         if value is not None and OUTPUT_NAME.fullmatch(value) is None:
             raise ValueError(
-                "output must be one plain directory name of letters, digits, '.', '_' and '-', at most 128 long, "
-                f"not {reprlib.repr(value)}; it is made in the server's models directory"
+                "output must be one plain directory name of letters, digits, '.', '_' and '-', at most 128 long, made "
+                f"in the server's models directory, and it is {describe(value)}"
             )
         return value
 

@@ -1,4 +1,4 @@
-"""Stands in for the quantizer's command line: the SRC argument names the part it plays. Run as a script."""
+"""Stands in for the quantizer's command line: the last part of SRC names what it plays. Run as a script."""
 
 import json
 import os
@@ -85,4 +85,4 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    PARTS[sys.argv[1]](Path(sys.argv[2]))
+    PARTS[Path(sys.argv[1]).name](Path(sys.argv[2]))

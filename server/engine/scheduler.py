@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from server.engine.block_pool import BlockPool
+from server.engine.errors import EngineSetupError
 from server.engine.plan_builder import build_plan
 from server.engine.request import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from server.engine.sequence import Sequence, SequenceState
@@ -29,7 +30,7 @@ class SchedulerLimits:
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
+            raise EngineSetupError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
                 f"{self.max_num_seqs}: a step must have room for one token of every running sequence"
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from server.engine.block_pool import BlockPool
+from server.engine.errors import EngineSetupError
 from server.engine.loop import EngineLoop
 from server.engine.request import EngineNews, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.scheduler import PREEMPTION_BOUND, Scheduler, SchedulerLimits
@@ -234,5 +235,5 @@ def test_a_request_that_could_never_run_ends_with_the_reason() -> None:
 
 
 def test_a_budget_smaller_than_the_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_num_batched_tokens is 4, fewer than max_num_seqs 8"):
+    with pytest.raises(EngineSetupError, match="max_num_batched_tokens is 4, fewer than max_num_seqs 8"):
         SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=4, block_size=4)

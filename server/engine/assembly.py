@@ -1,0 +1,63 @@
+"""Wires an engine from its settings: device, model, KV cache, scheduler, runner. The loop comes out ready to step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from quant.errors import QuantError
+from server.engine.block_pool import BlockPool
+from server.engine.config import EngineConfig
+from server.engine.errors import EngineSetupError
+from server.engine.kv_cache import KvGeometry, allocate_layers, choose_size
+from server.engine.loop import EngineLoop, Publish
+from server.engine.model_runner import ModelRunner
+from server.engine.request import ModelInfo
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.model.config import DTYPES
+from server.model.loader import LoadProgress, load_model
+
+# what assemble_engine raises when settings, machine or checkpoint are at fault: a sentence, not a defect of ours
+SETUP_ERRORS = (EngineSetupError, QuantError, ValueError, OSError)
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """The device the settings ask for; auto is the GPU where there is one. Raises EngineSetupError for one not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise EngineSetupError("device is cuda, but torch sees no NVIDIA GPU here: use cpu, or auto")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def assemble_engine(
+    config: EngineConfig, report: Callable[[LoadProgress], None], publish: Publish
+) -> tuple[EngineLoop, ModelInfo]:
+    """Load the model and size the cache. Raises one of SETUP_ERRORS with a sentence for whoever starts the engine."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = resolve_device(config)
+    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
+    model = load_model(Path(config.model_path), device, dtype, report)
+    geometry = KvGeometry(
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        dtype=model.decoder.embedding.dtype,
+        max_model_len=model.config.max_position_embeddings,
+    )
+    size = choose_size(config, geometry, device)
+    info = ModelInfo(
+        model_path=config.model_path,
+        max_model_len=size.max_model_len,
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.config.eos_token_ids,
+        device=str(device),
+        dtype=str(geometry.dtype).removeprefix("torch."),
+        num_blocks=size.num_blocks,
+        block_size=size.block_size,
+    )
+    limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, size.block_size)
+    scheduler = Scheduler(limits, BlockPool(size.num_blocks))
+    runner = ModelRunner(model.decoder, allocate_layers(size, geometry, device))
+    return EngineLoop(scheduler, runner, info, publish), info

@@ -1,0 +1,41 @@
+"""Executes a step: tensors, decoder, logits, sampler. Owns the KV tensors, and no memory of requests."""
+
+import torch
+from torch import Tensor
+
+from kernels.paged_batch import PagedLayer
+from server.engine.logprobs import collect_logprobs
+from server.engine.request import TokenLogprob
+from server.engine.sampler import sample
+from server.engine.step_plan import PromptLogprobRows, StepPlan, StepResult
+from server.engine.step_tensors import build_step_tensors
+from server.model.decoder import Decoder
+
+# prompt tokens scored at once: a whole prompt times the vocabulary would not fit beside the model
+_SCORED_ROWS = 64
+
+
+class ModelRunner:
+    """The StepRunner that runs a real model."""
+
+    def __init__(self, decoder: Decoder, kv_layers: tuple[PagedLayer, ...]) -> None:
+        self._decoder = decoder
+        self._kv_layers = kv_layers
+        self._device = decoder.embedding.device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's tokens and draw one token for each of its sampling rows."""
+        step = build_step_tensors(plan, self._kv_layers[0].block_size, self._device)
+        hidden = self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
+        tokens = sample(self._decoder.compute_logits(hidden[step.sampled]), plan.sampling_rows)
+        return StepResult(tokens, tuple(self._score_prompt(hidden, rows) for rows in plan.prompt_logprob_rows))
+
+    def _score_prompt(self, hidden: Tensor, rows: PromptLogprobRows) -> tuple[TokenLogprob, ...]:
+        scores: list[TokenLogprob] = []
+        for start in range(0, len(rows.targets), _SCORED_ROWS):
+            targets = torch.from_numpy(rows.targets[start : start + _SCORED_ROWS].copy()).to(self._device)
+            first = rows.token_start + start
+            logits = self._decoder.compute_logits(hidden[first : first + len(targets)])
+            scores.extend(collect_logprobs(logits, targets, [rows.num_top] * len(targets)))
+        return tuple(scores)

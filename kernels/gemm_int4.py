@@ -14,7 +14,7 @@ from kernels.layout import PackedWeight
 from kernels.tiles import MANY_ROWS_TILES, num_splits
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def gemm_int4_kernel(
     x_ptr: tl.tensor,
     words_ptr: tl.tensor,
@@ -27,8 +27,8 @@ def gemm_int4_kernel(
     num_inputs: tl.tensor,
     x_stride: tl.tensor,
     weight_stride: tl.tensor,
+    num_splits: tl.tensor,
     GROUP_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -41,10 +41,11 @@ def gemm_int4_kernel(
     rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     columns = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     num_blocks = tl.cdiv(num_inputs, BLOCK)
-    blocks_per_split = tl.cdiv(num_blocks, NUM_SPLITS)
-    for split in tl.static_range(NUM_SPLITS):
+    blocks_per_split = tl.cdiv(num_blocks, num_splits)
+    total = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
+    for split in range(num_splits):
         first_block = split * blocks_per_split
-        part = multiply_blocks(
+        total += multiply_blocks(
             x_ptr,
             words_ptr,
             scales_ptr,
@@ -62,10 +63,6 @@ def gemm_int4_kernel(
             TILE_COLUMNS,
             INTERPRETED,
         )
-        if split == 0:
-            total = part
-        else:
-            total += part
     store_tile(out_ptr, bias_ptr, total, rows, columns, num_rows, num_columns)
 
 
@@ -93,8 +90,8 @@ def gemm_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
         operands.num_inputs,
         x.stride(0),
         weight.codes.stride(0),
+        num_splits(operands.arch, operands.num_columns, operands.num_inputs),
         GROUP_SIZE=weight.group_size,
-        NUM_SPLITS=num_splits(operands.arch, operands.num_columns, operands.num_inputs),
         TILE_ROWS=tile.num_rows,
         TILE_COLUMNS=tile.num_columns,
         INTERPRETED=IS_INTERPRETED,

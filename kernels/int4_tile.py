@@ -35,35 +35,37 @@ BF16_ASSEMBLY = tl.constexpr(_planes_assembly(0x4300))
 
 
 @triton.jit
-def biased(integers: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """int16 0..15 to 1024 + q in fp16, or 128 + q in bf16, without a conversion instruction."""
-    if dtype == tl.float16:
-        number = (integers | FP16_BIAS_BITS).to(tl.float16, bitcast=True)
-    else:
-        number = (integers | BF16_BIAS_BITS).to(tl.bfloat16, bitcast=True)
-    return operand(number, INTERPRETED)
-
-
-@triton.jit
-def biased_planes(words: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tuple:
-    """The four nibbles of int16 words as four biased tensors. Assembly and interpreted path give the same values."""
+def plane_bits(words: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tuple:
+    """The four nibbles of int16 words as the bits of four biased numbers. Both paths give the same bits."""
     if INTERPRETED:
-        planes = (
-            biased(words & 0xF, dtype, INTERPRETED),
-            biased((words >> 4) & 0xF, dtype, INTERPRETED),
-            biased((words >> 8) & 0xF, dtype, INTERPRETED),
-            biased((words >> 12) & 0xF, dtype, INTERPRETED),
+        bits = (
+            biased_bits(words & 0xF, dtype),
+            biased_bits((words >> 4) & 0xF, dtype),
+            biased_bits((words >> 8) & 0xF, dtype),
+            biased_bits((words >> 12) & 0xF, dtype),
         )
     else:
-        planes = tl.inline_asm_elementwise(
+        bits = tl.inline_asm_elementwise(
             FP16_ASSEMBLY if dtype == tl.float16 else BF16_ASSEMBLY,
             constraints="=r,=r,=r,=r,r",
             args=[words],
-            dtype=(dtype, dtype, dtype, dtype),
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True,
             pack=2,
         )
-    return planes
+    return bits
+
+
+@triton.jit
+def biased_bits(integers: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """int16 0..15 to the bits of 1024 + q in fp16, or of 128 + q in bf16, without a conversion instruction."""
+    return integers | (FP16_BIAS_BITS if dtype == tl.float16 else BF16_BIAS_BITS)
+
+
+@triton.jit
+def numbers(bits: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """int16 bits read as fp16 or bf16."""
+    return operand(bits.to(dtype, bitcast=True), INTERPRETED)
 
 
 @triton.jit
@@ -97,16 +99,16 @@ def multiply_blocks(
     x_rows_ptr = x_ptr + rows.to(tl.int64)[None, :] * x_stride
     total = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
     for block in range(first_block, last_block):
-        word_offsets = (word_rows.to(tl.int64) + block * WORD_ROWS)[:, None] * weight_stride + columns[None, :]
-        planes = biased_planes(tl.load(words_ptr + word_offsets), dtype, INTERPRETED)
+        word_offsets = (word_rows.to(tl.int64) + block * WORD_ROWS)[None, :] * weight_stride + columns[:, None]
+        planes = plane_bits(tl.load(words_ptr + word_offsets), dtype, INTERPRETED)
         for group in tl.static_range(GROUPS_PER_BLOCK):
             product = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
             group_row = block * GROUPS_PER_BLOCK + group
             group_offsets = columns + tl.cast(group_row, tl.int64) * weight_stride
-            zeros = biased(tl.load(zeros_ptr + group_offsets).to(tl.int16), dtype, INTERPRETED)
+            zeros = numbers(biased_bits(tl.load(zeros_ptr + group_offsets), dtype), dtype, INTERPRETED)
             for plane in tl.static_range(group * PLANES_PER_GROUP, (group + 1) * PLANES_PER_GROUP):
                 # exact: both are integers that the type holds
-                weights = tl.trans(planes[plane] - zeros[None, :])
+                weights = numbers(planes[plane], dtype, INTERPRETED) - zeros[:, None]
                 inputs = word_rows + (block * BLOCK + plane * WORD_ROWS)
                 inside = (inputs < num_inputs)[:, None] & (rows < num_rows)[None, :]
                 x = tl.load(x_rows_ptr + inputs[:, None], mask=inside, other=0.0)

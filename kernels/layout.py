@@ -36,8 +36,9 @@ class WeightLayout(Enum):
 
     PLANAR = "planar"
     """What the Triton kernels read: int16 [ceil(K / 128) * 32, N'], where word (32b + r, n) holds k = 128b + 32j + r
-    in nibble j; scales [ceil(K / 128) * 128 / g, N'] in the checkpoint's dtype, zeros uint8 of that shape. N' is N
-    padded to a multiple of 128. What pads has code, zero point and scale 0, so it adds exactly 0."""
+    in nibble j; scales [ceil(K / 128) * 128 / g, N'] in the checkpoint's dtype, zeros int16 of that shape (bytes would
+    be too narrow for asynchronous copies). N' is N padded to a multiple of 128. What pads has code, zero point and
+    scale 0, so it adds exactly 0."""
 
     INT4_CPU = "int4_cpu"
     """What `torch.ops.aten._weight_int4pack_mm_for_cpu` reads: codes uint8 [N', K / 2], arranged by the running CPU's
@@ -155,7 +156,7 @@ def repack_planar(weight: PackedWeight) -> PackedWeight:
     return PackedWeight(
         codes=word_bytes.view(torch.int16).reshape(-1, len(codes)),
         scales=scales.t().contiguous(),
-        zeros=zeros.t().contiguous(),
+        zeros=zeros.t().contiguous().to(torch.int16),
         shape=weight.shape,
         bits=weight.bits,
         group_size=weight.group_size,
@@ -177,7 +178,7 @@ def unpack_planar(weight: PackedWeight) -> PackedWeight:
         GroupCodes(
             codes=codes[:num_rows, :num_columns].contiguous(),
             scales=weight.scales.t()[:num_rows, :num_groups],
-            zeros=weight.zeros.t()[:num_rows, :num_groups],
+            zeros=weight.zeros.t()[:num_rows, :num_groups].to(torch.uint8),
             bits=weight.bits,
             group_size=weight.group_size,
         )

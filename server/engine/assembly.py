@@ -22,7 +22,7 @@ SETUP_ERRORS = (EngineSetupError, QuantError, ValueError, OSError)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
-    """The device the settings ask for; auto is the GPU where there is one. Raises EngineSetupError for one not there."""
+    """The device the settings ask for; auto is the GPU where there is one. Raises EngineSetupError without one."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise EngineSetupError("device is cuda, but torch sees no NVIDIA GPU here: use cpu, or auto")
     if config.device == "auto":

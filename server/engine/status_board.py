@@ -1,0 +1,57 @@
+"""The client's one record of where the engine stands, and who waits for it to settle."""
+
+import asyncio
+from dataclasses import replace
+
+from server.engine.request import EngineStats, EngineStatus, ModelInfo
+from server.errors import EngineUnavailable
+
+_REFUSALS = {
+    "loading": "the model is still loading",
+    "restarting": "the engine stopped and is starting again",
+    "draining": "the server is shutting down",
+    "failed": "the engine could not be started",
+}
+
+
+class StatusBoard:
+    """Written by one client, from one event loop."""
+
+    def __init__(self) -> None:
+        self.status = EngineStatus(state="loading", detail="not started", model=None, stats=None)
+        self._is_settled = asyncio.Event()
+
+    def set_loading(self, detail: str) -> None:
+        """Loading for the first time, or again: the state says which."""
+        self.status = replace(self.status, detail=detail)
+
+    def set_ready(self, model: ModelInfo) -> None:
+        """The engine can take requests; one that is already shutting down stays so."""
+        if self.status.state != "draining":
+            self.status = EngineStatus(state="ready", detail="ready", model=model, stats=self.status.stats)
+        self._is_settled.set()
+
+    def set_restarting(self, detail: str) -> None:
+        self.status = replace(self.status, state="restarting", detail=detail)
+        self._is_settled.clear()
+
+    def set_draining(self, detail: str) -> None:
+        self.status = replace(self.status, state="draining", detail=detail)
+
+    def set_failed(self, detail: str) -> None:
+        self.status = replace(self.status, state="failed", detail=detail)
+        self._is_settled.set()
+
+    def set_stats(self, stats: EngineStats) -> None:
+        self.status = replace(self.status, stats=stats)
+
+    def require_ready(self) -> ModelInfo:
+        """What the API must know of the model. Raises EngineUnavailable, with the reason, unless it is ready."""
+        status = self.status
+        if status.state != "ready" or status.model is None:
+            raise EngineUnavailable(f"{_REFUSALS.get(status.state, status.state)}: {status.detail}")
+        return status.model
+
+    async def wait_until_settled(self) -> EngineStatus:
+        await self._is_settled.wait()
+        return self.status

@@ -32,7 +32,8 @@ class Settings(BaseSettings):
     """What a server is told. Flags win over AWQ_SERVE_* variables, those over the file, that over the defaults.
 
     model: a checkpoint directory or a hub name; None is the demo model. api_keys: any of them opens every route that
-    is not public. data_dir: jobs, finished checkpoints and the demo model. drain_seconds: how long requests under
+    is not public. data_dir: jobs, finished checkpoints and the demo model. model_roots: more directories whose models
+    and texts a quantization job may read. drain_seconds: how long requests under
     way may finish after SIGTERM. The engine's settings are explained in server/engine/config.py.
     """
 
@@ -46,6 +47,7 @@ class Settings(BaseSettings):
     api_key_file: Path | None = None
     allow_insecure_bind: bool = False
     data_dir: Path = Path("~/.local/share/awq-serve")
+    model_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
 
@@ -82,6 +84,17 @@ class Settings(BaseSettings):
         """An environment variable holds several keys with commas between."""
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
+    @field_validator("model_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        """An environment variable holds several directories as PATH does."""
+        return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+    @field_validator("model_roots")
+    @classmethod
+    def _expand_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(root.expanduser().absolute() for root in roots)
+
     @field_validator("api_keys")
     @classmethod
     def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,6 +115,15 @@ class Settings(BaseSettings):
             f"host {self.host} is reachable from other machines and there is no API key; add --api-key KEY, "
             "or --allow-insecure-bind if something else guards the port"
         )
+
+    @property
+    def models_dir(self) -> Path:
+        """Where quantization jobs put their checkpoints."""
+        return self.data_dir / "models"
+
+    @property
+    def jobs_file(self) -> Path:
+        return self.data_dir / "jobs.sqlite"
 
     def engine_config(self, model_path: Path) -> EngineConfig:
         """The part of the settings that the engine gets, for a model directory."""

@@ -39,15 +39,15 @@ def invalid_request_from(error: ValidationError | RequestValidationError) -> Inv
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "json_invalid":
         return InvalidRequest("the body is no valid JSON")
+    if detail["type"] == "value_error":
+        # our own validators write whole sentences, which begin with the field's name
+        return InvalidRequest(message, param=str(location[0]) if location else message.split()[0])
     if not location:
         return InvalidRequest(f"the body must be a JSON object, and it is {describe(detail.get('input'))}")
     param = str(location[0])
     path = ".".join(str(part) for part in location)
     if detail["type"] == "missing":
         return InvalidRequest(f"{path} is required", param=param)
-    if detail["type"] == "value_error":
-        # our own validators write whole sentences
-        return InvalidRequest(message, param=param)
     wish = message.replace("Input should", "should").removesuffix(".")
     return InvalidRequest(f"{path} {wish}, and it is {describe(detail.get('input'))}", param=param)
 

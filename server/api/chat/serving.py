@@ -1,0 +1,137 @@
+"""What /v1/chat/completions does: messages to choices, choices' deltas to frames or one reply. Knows no HTTP."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from server.api.chat.schema import ChatBody, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, MessageDelta
+from server.api.choice_text import Choice, ChoiceDelta
+from server.api.generation import stream_choices
+from server.api.logprobs import ChatLogprobs, chat_logprobs
+from server.api.prompt import choose_max_tokens, compute, encode_prompt
+from server.api.sampling_fields import INT64, LogprobCounts, sampling_params, stop_strings
+from server.api.services import Services
+from server.api.sse import frame
+from server.api.unsupported_fields import FOR_CHATS
+from server.api.usage import Usage, UsageCounter
+from server.engine.request import GenerationRequest, ModelInfo
+from server.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """A checked request."""
+
+    id: str
+    created: int
+    body: ChatBody
+    choices: tuple[Choice, ...]
+    num_prompt_tokens: int
+
+
+async def prepare(body: ChatBody, services: Services) -> ChatJob:
+    """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
+    services.check_model(body.model)
+    services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
+    model = services.loaded_model()
+    size = sum(len(message.content) for message in body.messages)
+    return await compute(size, lambda: _plan(body, services, model))
+
+
+def _plan(body: ChatBody, services: Services, model: ModelInfo) -> ChatJob:
+    if services.chat_template is None:
+        raise InvalidRequest(
+            f"the model {services.served_model.name!r} has no chat template; use /v1/completions", param="messages"
+        )
+    text = services.chat_template.render([message.for_template() for message in body.messages])
+    # the template has written the tokens that begin and end things
+    prompt = encode_prompt(services.tokenizer, text, model, add_special_tokens=False)
+    max_tokens = choose_max_tokens(prompt, model, requested=body.requested_tokens, default=None)
+    counts = LogprobCounts(output=(body.top_logprobs or 0) if body.logprobs else None, prompt=None)
+    sampling = sampling_params(body, model, max_tokens, counts)
+    stops, seed = stop_strings(body, services.settings), body.base_seed()
+    job_id = f"chatcmpl-{uuid.uuid4().hex}"
+    choices = tuple(
+        Choice(
+            index=index,
+            request=GenerationRequest(f"{job_id}-{index}", prompt, replace(sampling, seed=(seed + index) % INT64)),
+            stops=stops,
+            includes_stop=bool(body.include_stop_str_in_output),
+            skips_special_tokens=body.skips_special_tokens,
+        )
+        for index in range(body.num_choices)
+    )
+    return ChatJob(job_id, int(time.time()), body, choices, len(prompt))
+
+
+async def whole_chat(job: ChatJob, services: Services) -> ChatCompletion:
+    """The reply that is not streamed: the stream, joined."""
+    deltas: list[list[ChoiceDelta]] = [[] for _ in job.choices]
+    counter = UsageCounter(job.num_prompt_tokens)
+    async with aclosing(stream_choices(services, job.choices)) as stream:
+        async for delta in stream:
+            deltas[delta.index].append(delta)
+            counter.note(delta)
+    return {
+        "id": job.id,
+        "object": "chat.completion",
+        "created": job.created,
+        "model": services.served_model.name,
+        "choices": [_choice(job, services, of_choice) for of_choice in deltas],
+        "usage": counter.usage(),
+    }
+
+
+async def chat_frames(job: ChatJob, services: Services) -> AsyncGenerator[bytes, None]:
+    """Per choice a frame with the role, its text, and a last one with the finish reason; then the usage if asked."""
+    counter = UsageCounter(job.num_prompt_tokens)
+    started: set[int] = set()
+    async with aclosing(stream_choices(services, job.choices)) as stream:
+        async for delta in stream:
+            counter.note(delta)
+            usage = counter.usage() if job.body.includes_usage_always else None
+            if delta.index not in started:
+                started.add(delta.index)
+                opening: ChunkChoice = _chunk_choice(delta.index, {"role": "assistant", "content": ""})
+                yield frame(_chunk(job, services, [opening], usage))
+            if delta.text or delta.pieces:
+                logprobs = _logprobs(job, services, [delta])
+                spoken: ChunkChoice = _chunk_choice(delta.index, {"content": delta.text}, logprobs)
+                yield frame(_chunk(job, services, [spoken], usage))
+            if delta.finish_reason is not None:
+                closing: ChunkChoice = {**_chunk_choice(delta.index, {}), "finish_reason": delta.finish_reason}
+                yield frame(_chunk(job, services, [closing], usage))
+    if job.body.includes_usage:
+        yield frame(_chunk(job, services, [], counter.usage()))
+
+
+def _choice(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatChoice:
+    return {
+        "index": deltas[-1].index,
+        "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas)},
+        "logprobs": _logprobs(job, services, deltas),
+        "finish_reason": deltas[-1].finish_reason,
+    }
+
+
+def _logprobs(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatLogprobs | None:
+    if not job.body.logprobs:
+        return None
+    return chat_logprobs(services.tokenizer, [piece for delta in deltas for piece in delta.pieces])
+
+
+def _chunk_choice(index: int, delta: MessageDelta, logprobs: ChatLogprobs | None = None) -> ChunkChoice:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def _chunk(job: ChatJob, services: Services, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
+    return {
+        "id": job.id,
+        "object": "chat.completion.chunk",
+        "created": job.created,
+        "model": services.served_model.name,
+        "choices": choices,
+        "usage": usage,
+    }

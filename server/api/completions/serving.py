@@ -1,0 +1,145 @@
+"""What /v1/completions does: body to choices, choices' deltas to frames or to one reply. Knows nothing of HTTP."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from server.api.choice_text import Choice, ChoiceDelta, EchoedPrompt, echoed_prompt
+from server.api.completions.schema import Completion, CompletionBody, CompletionChoice, Prompt
+from server.api.generation import stream_choices
+from server.api.logprobs import completion_logprobs
+from server.api.prompt import choose_max_tokens, compute, encode_prompt
+from server.api.sampling_fields import INT64, LogprobCounts, check_token_ids, sampling_params, stop_strings
+from server.api.services import Services
+from server.api.sse import frame
+from server.api.unsupported_fields import FOR_COMPLETIONS
+from server.api.usage import Usage, UsageCounter
+from server.engine.request import GenerationRequest, ModelInfo
+from server.errors import InvalidRequest
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class CompletionJob:
+    """A checked request. Choice i of prompt p has the index p * n + i."""
+
+    id: str
+    created: int
+    body: CompletionBody
+    choices: tuple[Choice, ...]
+    num_prompt_tokens: int
+
+
+async def prepare(body: CompletionBody, services: Services) -> CompletionJob:
+    """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
+    services.check_model(body.model)
+    services.metrics.count_unknown_fields(body.unknown_fields(FOR_COMPLETIONS))
+    if len(body.prompt) > services.settings.max_prompts:
+        raise InvalidRequest(
+            f"prompt takes at most {services.settings.max_prompts} prompts, and it has {len(body.prompt)}",
+            param="prompt",
+        )
+    model = services.loaded_model()
+    size = sum(map(len, body.prompt))
+    return await compute(size, lambda: _plan(body, services, model))
+
+
+def _plan(body: CompletionBody, services: Services, model: ModelInfo) -> CompletionJob:
+    job_id = f"cmpl-{uuid.uuid4().hex}"
+    stops, seed = stop_strings(body, services.settings), body.base_seed()
+    choices: list[Choice] = []
+    num_prompt_tokens = 0
+    for prompt in body.prompt:
+        token_ids = _token_ids(prompt, services, model)
+        num_prompt_tokens += len(token_ids)
+        max_tokens = choose_max_tokens(token_ids, model, requested=body.max_tokens, default=DEFAULT_MAX_TOKENS)
+        counts = LogprobCounts(output=body.logprobs, prompt=body.logprobs if body.echo else None)
+        # the engine always generates; what was not asked for is dropped
+        sampling = sampling_params(body, model, max(max_tokens, 1), counts)
+        echo = _echo(body, prompt, token_ids, services) if body.echo else None
+        for number in range(body.num_choices):
+            index = len(choices)
+            own_seed = replace(sampling, seed=(seed + number) % INT64)
+            choices.append(
+                Choice(
+                    index=index,
+                    request=GenerationRequest(f"{job_id}-{index}", token_ids, own_seed),
+                    stops=stops,
+                    includes_stop=bool(body.include_stop_str_in_output),
+                    skips_special_tokens=body.skips_special_tokens,
+                    discards_output=max_tokens == 0,
+                    echo=echo,
+                )
+            )
+    return CompletionJob(job_id, int(time.time()), body, tuple(choices), num_prompt_tokens)
+
+
+def _token_ids(prompt: Prompt, services: Services, model: ModelInfo) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return encode_prompt(services.tokenizer, prompt, model, add_special_tokens=True)
+    check_token_ids("prompt", prompt, model)
+    return prompt
+
+
+def _echo(body: CompletionBody, prompt: Prompt, token_ids: tuple[int, ...], services: Services) -> EchoedPrompt:
+    """A text is repeated as it came; token ids as what they read."""
+    echo = echoed_prompt(services.tokenizer, token_ids, skip_special_tokens=body.skips_special_tokens)
+    return replace(echo, text=prompt) if isinstance(prompt, str) else echo
+
+
+async def whole_completion(job: CompletionJob, services: Services) -> Completion:
+    """The reply that is not streamed: the stream, joined."""
+    deltas: list[list[ChoiceDelta]] = [[] for _ in job.choices]
+    counter = UsageCounter(job.num_prompt_tokens)
+    async with aclosing(stream_choices(services, job.choices)) as stream:
+        async for delta in stream:
+            deltas[delta.index].append(delta)
+            counter.note(delta)
+    choices = [_choice(job, services, _join(of_choice)) for of_choice in deltas]
+    return _completion(job, services, choices, counter.usage())
+
+
+async def completion_frames(job: CompletionJob, services: Services) -> AsyncGenerator[bytes, None]:
+    """One frame a delta, and one with the usage at the end if the client asked for it."""
+    counter = UsageCounter(job.num_prompt_tokens)
+    async with aclosing(stream_choices(services, job.choices)) as stream:
+        async for delta in stream:
+            counter.note(delta)
+            usage = counter.usage() if job.body.includes_usage_always else None
+            yield frame(_completion(job, services, [_choice(job, services, delta)], usage))
+    if job.body.includes_usage:
+        yield frame(_completion(job, services, [], counter.usage()))
+
+
+def _join(deltas: list[ChoiceDelta]) -> ChoiceDelta:
+    return replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        pieces=tuple(piece for delta in deltas for piece in delta.pieces),
+    )
+
+
+def _choice(job: CompletionJob, services: Services, delta: ChoiceDelta) -> CompletionChoice:
+    has_logprobs = job.body.logprobs is not None
+    return {
+        "index": delta.index,
+        "text": delta.text,
+        "logprobs": completion_logprobs(services.tokenizer, delta.pieces) if has_logprobs else None,
+        "finish_reason": delta.finish_reason,
+    }
+
+
+def _completion(
+    job: CompletionJob, services: Services, choices: list[CompletionChoice], usage: Usage | None
+) -> Completion:
+    return {
+        "id": job.id,
+        "object": "text_completion",
+        "created": job.created,
+        "model": services.served_model.name,
+        "choices": choices,
+        "usage": usage,
+    }

@@ -1,0 +1,62 @@
+"""What the routes work with, put together once by server.app and handed to them by a dependency."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.engine.client_protocol import EngineClient
+from server.engine.request import ModelInfo
+from server.errors import EngineUnavailable, NotFound
+from server.metrics import Metrics
+from server.settings import Settings
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """name: what clients call it. root: where it was loaded from. created: when this server started, in seconds."""
+
+    name: str
+    root: str
+    created: int
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that answers requests. finished_models: the checkpoints that quantization jobs have made."""
+
+    settings: Settings
+    served_model: ServedModel
+    engine: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    metrics: Metrics
+    finished_models: Callable[[], Sequence[Path]]
+
+    def check_model(self, name: str | None) -> None:
+        """Raise NotFound for a model that is not the served one; no name means that one."""
+        if name is not None and name != self.served_model.name:
+            raise NotFound(
+                f"there is no model {name!r}; this server serves {self.served_model.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def loaded_model(self) -> ModelInfo:
+        """The model's limits. Raises EngineUnavailable, with what the engine is doing, while it is not ready."""
+        status = self.engine.status()
+        if status.state != "ready" or status.model is None:
+            raise EngineUnavailable(f"the engine is {status.state}: {status.detail}")
+        return status.model
+
+
+def get_services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesOfApp = Annotated[Services, Depends(get_services)]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quant.scale_groups import linear_of
+
 # tokens that go through a block at a time: enough to fill the cores, few enough to stay small in memory
 CHUNK_TOKENS = 2048
 
@@ -111,8 +113,8 @@ def capture(
     block: nn.Module, block_index: int, inputs: Sequence[BlockInput], linear_names: Sequence[str]
 ) -> CapturedBlock:
     """Run the block over all chunks: its outputs, and the statistics of what each named linear reads."""
-    sums = {name: StatisticsSum(_linear(block, name).in_features) for name in linear_names}
-    hooks = [_linear(block, name).register_forward_pre_hook(_counting(total)) for name, total in sums.items()]
+    sums = {name: StatisticsSum(linear_of(block, name).in_features) for name in linear_names}
+    hooks = [linear_of(block, name).register_forward_pre_hook(_counting(total)) for name, total in sums.items()]
     try:
         outputs = [run_block(block, block_index, chunk) for chunk in inputs]
     finally:
@@ -131,13 +133,6 @@ def _counting(total: StatisticsSum) -> Callable[[nn.Module, tuple[Tensor, ...]],
         total.add(arguments[0])
 
     return count
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}, not a linear layer")
-    return module
 
 
 @contextmanager

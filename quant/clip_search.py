@@ -41,7 +41,9 @@ def search_range(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange
             low=candidates.low[:, None, None] * widest.low[None, :, group : group + 1],
             high=candidates.high[:, None, None] * widest.high[None, :, group : group + 1],
         )
-        errors = weight[:, columns] - round_onto(weight[None, :, columns], grid_of(ranges, grouping.bits), grouping.bits)
+        errors = weight[:, columns] - round_onto(
+            weight[None, :, columns], grid_of(ranges, grouping.bits), grouping.bits
+        )
         difference[:, columns] = 0
         losses = _losses(errors, gram[columns, columns], difference @ gram[:, columns])
         best = losses.argmin(dim=0)

@@ -1,4 +1,4 @@
-"""What a running quantization tells the outside: phases, counts, time left. JSON lines for programs, a bar for people."""
+"""What a running quantization tells: phases, counts, time left. JSON lines for programs, a bar for people."""
 
 import json
 import time
@@ -16,7 +16,7 @@ class ProgressListener(Protocol):
     def __call__(self, phase: str, done: int, total: int, seconds_left: float | None) -> None: ...
 
 
-def ignore_progress(phase: str, done: int, total: int, seconds_left: float | None) -> None:  # noqa: ARG001
+def ignore_progress(phase: str, done: int, total: int, seconds_left: float | None) -> None:
     """A listener for callers that do not look."""
 
 

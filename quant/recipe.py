@@ -24,6 +24,7 @@ class Recipe:
 
     calibration: "self" (the model writes its own text), the path of a text file, or the name of a hub data set.
     num_samples, sample_tokens: the calibration text is num_samples rows of sample_tokens tokens each.
+    num_held_out: as many further rows of the text are kept to measure perplexity on; 0 measures nothing.
     Raises RecipeError, naming the option, when a value is out of range.
     """
 
@@ -33,6 +34,7 @@ class Recipe:
     calibration: str = SELF_CALIBRATION
     num_samples: int = 32
     sample_tokens: int = 256
+    num_held_out: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,8 +48,9 @@ class Recipe:
         for name, value in (("calibration samples", self.num_samples), ("calibration tokens", self.sample_tokens)):
             if value < 1:
                 raise RecipeError(f"{name} is {value}; it must be at least 1")
-        if self.seed < 0:
-            raise RecipeError(f"seed is {self.seed}; it must be 0 or more")
+        for name, value in (("number of held-out rows", self.num_held_out), ("seed", self.seed)):
+            if value < 0:
+                raise RecipeError(f"{name} is {value}; it must be 0 or more")
 
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:

@@ -6,19 +6,11 @@ Legend: C = channels of the operation that feeds, K = in features of the linears
 import torch
 from torch import Tensor, nn
 
-from quant.scale_groups import ScaleGroup
+from quant.scale_groups import ScaleGroup, linear_of
 from quant.scale_search import ChannelSpread
 
 # norms are stored in this dtype, so consumers are multiplied by what the division gives after rounding to it
 STORAGE_DTYPE = torch.float16
-
-
-def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """The linear of that name in a block. Raises TypeError when it is another kind of module."""
-    module = block.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}, not a linear layer")
-    return module
 
 
 def spread_of(block: nn.Module, group: ScaleGroup, head_width: int) -> ChannelSpread | None:

@@ -1,9 +1,11 @@
-"""Data: per architecture, which operation of a block feeds which linears. It computes nothing.
+"""Data: per architecture, which operation of a block feeds which linears, and how to find them. It computes nothing.
 
 Sources: AutoAWQ awq/models/{llama,mistral,qwen2,qwen3}.py; heads that share keys and values as in llm-compressor #2818.
 """
 
 from dataclasses import dataclass
+
+from torch import nn
 
 from quant.errors import SourceError
 
@@ -41,3 +43,11 @@ def groups_for(model_type: str) -> tuple[ScaleGroup, ...]:
     if model_type not in SCALE_GROUPS:
         raise SourceError(f"model type {model_type!r} cannot be quantized; supported: {', '.join(SCALE_GROUPS)}")
     return SCALE_GROUPS[model_type]
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name in a block. Raises TypeError when it is another kind of module."""
+    module = block.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a linear layer")
+    return module

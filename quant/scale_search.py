@@ -105,9 +105,13 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(dim=-1)
 
 
-def _loss_on(
-    weights: Sequence[Tensor], shared: SharedInput, grouping: Grouping
-) -> Callable[[ScaleCandidate], float]:
+def relative_loss(difference: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """tr(D G D^T) / tr(W G W^T): the squared output error as a share of the squared output; 0 for no output."""
+    signal = float(output_error(weight, gram).sum())
+    return float(output_error(difference, gram).sum()) / max(signal, SMALLEST_SIGNAL)
+
+
+def _loss_on(weights: Sequence[Tensor], shared: SharedInput, grouping: Grouping) -> Callable[[ScaleCandidate], float]:
     gram = shared.statistics.gram
     # equal for all candidates, so computed once
     signals = [float(output_error(weight, gram).sum()) for weight in weights]

@@ -1,0 +1,139 @@
+"""The quantizer's command line: options to a Recipe, progress and results to the terminal or to a program."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from quant.checkpoint.location import resolve_model
+from quant.errors import QuantError, RecipeError
+from quant.pipeline import quantize
+from quant.progress import JsonLines, progress_bar
+from quant.recipe import GROUP_SIZES, SELF_CALIBRATION, Method, Recipe
+from quant.report import layer_table, summary_table
+
+PROGRAM = "awq-serve"
+AUTO = "auto"
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
+
+
+class ProgressFormat(StrEnum):
+    """How progress is told: a bar on stderr for people, JSON lines on stdout for programs."""
+
+    RICH = "rich"
+    JSON = "json"
+
+
+@app.callback()
+def describe() -> None:
+    """Quantize a language model to 4-bit AWQ, and measure what that costs."""
+
+
+@app.command("quantize")
+def quantize_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="model directory, .gguf file, or hub name")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="directory to create; must not exist")],
+    bits: Annotated[int, typer.Option(help="bits per weight")] = Recipe.bits,
+    group_size: Annotated[
+        str, typer.Option(help="input channels per scale: 128, 64, 32, or auto (the largest that fits)")
+    ] = AUTO,
+    method: Annotated[Method, typer.Option(help="awq searches scales and ranges; rtn rounds plainly")] = Recipe.method,
+    calib: Annotated[
+        str, typer.Option(help="calibration text: self (the model writes it), a text file, or a hub data set")
+    ] = SELF_CALIBRATION,
+    calib_samples: Annotated[int, typer.Option(help="calibration rows")] = Recipe.num_samples,
+    calib_seqlen: Annotated[int, typer.Option(help="tokens per calibration row")] = Recipe.sample_tokens,
+    seed: Annotated[int, typer.Option(help="seed of the text that the model writes")] = Recipe.seed,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="measure perplexity on held-out text before and after")
+    ] = True,
+    progress_format: Annotated[ProgressFormat, typer.Option(help="how progress is told")] = ProgressFormat.RICH,
+) -> None:
+    """Quantize the model SRC into the new directory OUT.
+
+    **Examples**
+
+        awq-serve quantize ./SmolLM2-135M-Instruct ./smollm2-awq
+
+        awq-serve quantize model.gguf out --group-size 32 --calib my-text.txt
+
+        awq-serve quantize ./model ./model-rtn --method rtn --no-eval
+    """
+    with _exit_codes(progress_format):
+        recipe = Recipe(
+            method=method,
+            bits=bits,
+            group_size=_parse_group_size(group_size),
+            calibration=calib,
+            num_samples=calib_samples,
+            sample_tokens=calib_seqlen,
+            num_held_out=Recipe.num_held_out if evaluate else 0,
+            seed=seed,
+        )
+        _run(recipe, resolve_model(source), output, progress_format)
+
+
+def main() -> None:
+    """Run the command line; SIGTERM ends it as Ctrl-C does, so that nothing half-written stays."""
+    signal.signal(signal.SIGTERM, _stop)
+    disable_progress_bar()
+    app(prog_name=PROGRAM)
+
+
+def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFormat) -> None:
+    if progress_format is ProgressFormat.JSON:
+        lines = JsonLines(sys.stdout)
+        report = quantize(recipe, source, output, lines.on_progress)
+        lines.on_done(str(output), report.to_json())
+        return
+    with progress_bar(Console(stderr=True)) as listener:
+        report = quantize(recipe, source, output, listener)
+    console = Console()
+    if report.layers:
+        console.print(layer_table(report))
+    console.print(summary_table(report))
+    console.print(f"written to {output}", soft_wrap=True)
+
+
+@contextmanager
+def _exit_codes(progress_format: ProgressFormat) -> Iterator[None]:
+    """Bad input and failures become one sentence and an exit code; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except QuantError as error:
+        _tell_failure(str(error), progress_format)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        _tell_failure("interrupted; nothing was written", progress_format)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _tell_failure(message: str, progress_format: ProgressFormat) -> None:
+    if progress_format is ProgressFormat.JSON:
+        JsonLines(sys.stdout).on_failed(message)
+    else:
+        Console(stderr=True).print(f"{PROGRAM}: {message}", style="red", markup=False, soft_wrap=True)
+
+
+def _parse_group_size(text: str) -> int | None:
+    if text == AUTO:
+        return None
+    if not text.isdecimal():
+        raise RecipeError(f"group size is {text!r}; supported: {AUTO}, {', '.join(map(str, GROUP_SIZES))}")
+    return int(text)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

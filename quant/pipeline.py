@@ -1,0 +1,202 @@
+"""The walk of a quantization: open, calibrate, take the blocks one by one, write, measure. It owns the loaded model."""
+
+import math
+import os
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from kernels.layout import PackedWeight
+from quant.block import BlockPlan, check_finite, round_block_plainly
+from quant.block_search import search_block
+from quant.calibration import CalibrationTokens, calibration_tokens
+from quant.capture import embed
+from quant.checkpoint.meta import awq_gemm_meta
+from quant.checkpoint.writer import CheckpointWriter
+from quant.errors import OutputError
+from quant.progress import ProgressListener, ProgressMeter, ignore_progress
+from quant.recipe import Method, Recipe, choose_group_size
+from quant.report import BlockError, HeldOutPerplexity, LayerLoss, Report
+from quant.scale_fold import STORAGE_DTYPE
+from quant.scale_groups import groups_for, linear_of
+from quant.scale_search import Grouping
+from quant.source import SourceModel, open_source
+
+# where a causal language model keeps its decoder and its blocks, in every family of scale_groups
+DECODER = "model"
+BLOCKS = "model.layers"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization under way: what was asked, the model it changes, how its blocks go, where the result goes."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    plan: BlockPlan
+    writer: CheckpointWriter
+    meter: ProgressMeter
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The decoder blocks in order, by full name."""
+        return blocks_of(self.model)
+
+
+@dataclass(frozen=True)
+class SearchNumbers:
+    """What the search says of its losses; both empty for plain rounding, which searches nothing."""
+
+    layers: tuple[LayerLoss, ...] = ()
+    blocks: tuple[BlockError, ...] = ()
+
+
+@torch.no_grad()
+def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressListener = ignore_progress) -> Report:
+    """Quantize the model at source_path (a directory or a .gguf file) into the new directory out.
+
+    `out` appears whole or not at all. Raises RecipeError, SourceError, OutputError or CheckpointError for bad input
+    before the long work starts, QuantizationError when a result is not finite or folding changed the function.
+    """
+    start_s = time.monotonic()
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already; choose another place or remove it")
+    meter = ProgressMeter(listener)
+    meter.report("load", 0, 1)
+    source = open_source(source_path)
+    meter.report("load", 1, 1)
+    plan = plan_blocks(recipe, source)
+    for name, parameter in source.model.named_parameters():
+        check_finite(name, parameter)
+    with CheckpointWriter(out, expected_bytes=expected_bytes(source.model, plan)) as writer:
+        job = Job(recipe, source.model, plan, writer, meter)
+        tokens = calibration_tokens(recipe, source, lambda done, total: meter.report("calibrate", done, total))
+        original = _held_out_perplexity(job, tokens)
+        numbers = _search_blocks(job, tokens) if recipe.method is Method.AWQ else _round_blocks(job)
+        _write_plain_tensors(job)
+        report = Report(
+            source=source.name,
+            recipe=recipe,
+            group_size=plan.grouping.group_size,
+            calibration_origin=tokens.origin,
+            calibration_digest=tokens.digest,
+            num_calibration_tokens=tokens.calibration.numel(),
+            layers=numbers.layers,
+            blocks=numbers.blocks,
+            perplexity=HeldOutPerplexity(tokens.held_out.numel(), original, _held_out_perplexity(job, tokens)),
+            bits_per_weight=bits_per_weight(plan.grouping),
+            seconds=time.monotonic() - start_s,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        report.save(writer.directory)
+        source.save_side_files(writer.directory)
+        writer.commit(_checkpoint_config(source, plan), files={})
+    return report
+
+
+def plan_blocks(recipe: Recipe, source: SourceModel) -> BlockPlan:
+    """How the blocks of this model are quantized. Raises RecipeError naming the layer that the group size misses."""
+    groups = groups_for(source.config.model_type)
+    in_features = {
+        f"{block_name}.{linear}": linear_of(block, linear).in_features
+        for block_name, block in blocks_of(source.model).items()
+        for group in groups
+        for linear in group.linears
+    }
+    group_size = choose_group_size(recipe.group_size, in_features)
+    head_width = getattr(source.config, "head_dim", None)
+    if head_width is None:
+        head_width = source.config.hidden_size // source.config.num_attention_heads
+    return BlockPlan(groups, head_width, Grouping(recipe.bits, group_size))
+
+
+def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder blocks of a model in order, by full name."""
+    return {f"{BLOCKS}.{name}": block for name, block in model.get_submodule(BLOCKS).named_children()}
+
+
+def bits_per_weight(grouping: Grouping) -> float:
+    """A weight's code, and its share of its group's float16 scale and zero point."""
+    return grouping.bits + (16 + grouping.bits) / grouping.group_size
+
+
+def expected_bytes(model: PreTrainedModel, plan: BlockPlan) -> int:
+    """What the checkpoint's tensors will take on disk."""
+    num_quantized = sum(
+        linear_of(block, name).weight.numel() for block in blocks_of(model).values() for name in plan.linear_names()
+    )
+    num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
+    return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
+
+
+def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
+    """AWQ: block after block, each on the states that the quantized blocks before it give."""
+    inputs = embed(job.model.get_submodule(DECODER), tokens.calibration)
+    layers: list[LayerLoss] = []
+    errors: list[BlockError] = []
+    blocks = job.blocks()
+    job.meter.report("quantize", 0, len(blocks))
+    for index, (block_name, block) in enumerate(blocks.items()):
+        outcome = search_block(block, block_name, index, inputs, job.plan)
+        inputs = outcome.next_inputs
+        layers += outcome.layers
+        errors.append(outcome.error)
+        _write_packed(job.writer, block_name, outcome.packed)
+        job.meter.report("quantize", index + 1, len(blocks))
+    return SearchNumbers(tuple(layers), tuple(errors))
+
+
+def _round_blocks(job: Job) -> SearchNumbers:
+    """RTN: every block rounded as it is."""
+    blocks = job.blocks()
+    for index, (block_name, block) in enumerate(blocks.items()):
+        _write_packed(job.writer, block_name, round_block_plainly(block, job.plan))
+        job.meter.report("quantize", index + 1, len(blocks))
+    return SearchNumbers()
+
+
+def _write_packed(writer: CheckpointWriter, block_name: str, packed: Mapping[str, PackedWeight]) -> None:
+    for linear, weight in packed.items():
+        writer.add_packed(f"{block_name}.{linear}", weight)
+
+
+def _write_plain_tensors(job: Job) -> None:
+    """Write what is not quantized in STORAGE_DTYPE, and give the model the same values. Tied weights are one tensor."""
+    quantized = set(_quantized_modules(job.model, job.plan))
+    for name, parameter in job.model.named_parameters():
+        if name.removesuffix(".weight") in quantized:
+            continue
+        stored = parameter.to(STORAGE_DTYPE)
+        check_finite(f"{name} as {STORAGE_DTYPE}", stored)
+        job.writer.add_tensor(name, stored)
+        parameter.copy_(stored)
+
+
+def _held_out_perplexity(job: Job, tokens: CalibrationTokens) -> float:
+    """exp of the mean negative log likelihood of each next token of the held-out rows."""
+    rows = tokens.held_out
+    total = 0.0
+    for index, row in enumerate(rows):
+        logits = job.model(row[None], use_cache=False).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, row[1:]))
+        job.meter.report("evaluate", index + 1, len(rows))
+    return math.exp(total / len(rows))
+
+
+def _quantized_modules(model: PreTrainedModel, plan: BlockPlan) -> list[str]:
+    return [f"{block_name}.{linear}" for block_name in blocks_of(model) for linear in plan.linear_names()]
+
+
+def _checkpoint_config(source: SourceModel, plan: BlockPlan) -> dict[str, object]:
+    """The source's config with what was done to it; every linear that stayed as it was is listed by its full name."""
+    quantized = set(_quantized_modules(source.model, plan))
+    kept = tuple(
+        name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in quantized
+    )
+    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, kept)
+    return {**source.checkpoint_config(STORAGE_DTYPE), "quantization_config": meta.to_config()}

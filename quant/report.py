@@ -1,0 +1,109 @@
+"""What a quantization found out: report.json beside the checkpoint, and tables for people. It measures nothing."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from quant.recipe import Recipe
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """A linear's output error as a share of its output, on the calibration text: rounded plainly, and as written."""
+
+    name: str
+    formula: str
+    plain: float
+    chosen: float
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """A block's output error as a share of its output; kept says which weights were written: searched or plain."""
+
+    name: str
+    plain: float
+    chosen: float
+    kept: str
+
+
+@dataclass(frozen=True)
+class HeldOutPerplexity:
+    """Perplexity on text kept out of calibration, of the original and of what was written."""
+
+    num_tokens: int
+    original: float
+    quantized: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished quantization. Times in seconds, memory in bytes; bits_per_weight counts the quantized linears."""
+
+    source: str
+    recipe: Recipe
+    group_size: int
+    calibration_origin: str
+    calibration_digest: str
+    num_calibration_tokens: int
+    layers: tuple[LayerLoss, ...]
+    blocks: tuple[BlockError, ...]
+    perplexity: HeldOutPerplexity | None
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    def save(self, directory: Path) -> None:
+        """Write report.json into the directory."""
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        (directory / REPORT_FILE).write_text(text, encoding="utf-8")
+
+
+def layer_table(report: Report) -> Table:
+    """Loss per linear before and after, one row per linear name, as the mean over the blocks."""
+    table = Table(title="output error, as a share of the output", title_justify="left")
+    for column in ("layer", "plain rounding", report.recipe.method.value, "change"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for name, losses in _by_kind(report.layers).items():
+        plain = sum(loss.plain for loss in losses) / len(losses)
+        chosen = sum(loss.chosen for loss in losses) / len(losses)
+        table.add_row(name, f"{plain:.5f}", f"{chosen:.5f}", f"{100 * (chosen / plain - 1):+.0f} %" if plain else "")
+    return table
+
+
+def summary_table(report: Report) -> Table:
+    """The numbers of the whole model, one a row."""
+    table = Table(show_header=False, box=None)
+    rows = {
+        "source": report.source,
+        "method": f"{report.recipe.method.value}, {report.recipe.bits} bits, group size {report.group_size}",
+        "calibration": f"{report.num_calibration_tokens} tokens of {report.calibration_origin}",
+        "bits per weight": f"{report.bits_per_weight:.3f}",
+        "time": f"{report.seconds:.0f} s",
+        "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB",
+    }
+    if report.perplexity is not None:
+        perplexity = report.perplexity
+        rows["perplexity"] = (
+            f"{perplexity.original:.3f} before, {perplexity.quantized:.3f} after "
+            f"({perplexity.num_tokens} held-out tokens)"
+        )
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _by_kind(layers: tuple[LayerLoss, ...]) -> dict[str, list[LayerLoss]]:
+    """The layers of all blocks by their name inside the block: model.layers.3.mlp.up_proj under mlp.up_proj."""
+    kinds: dict[str, list[LayerLoss]] = {}
+    for layer in layers:
+        kinds.setdefault(".".join(layer.name.split(".")[-2:]), []).append(layer)
+    return kinds

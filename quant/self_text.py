@@ -1,0 +1,89 @@
+"""Calibration text that the model writes itself: sampled from a seed, so the same seed gives the same tokens."""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+# short openings over the kinds of text a model is asked for; the model writes the rest
+PROMPTS = (
+    "Write an encyclopedia article about a river.",
+    "Tell me the history of an old city, with dates and names.",
+    "Write the first chapter of a novel.",
+    "Explain how a computer stores numbers.",
+    "Write a Python function and explain it line by line.",
+    "Write a newspaper report about a football match.",
+    "Describe the life of a famous composer.",
+    "Summarize the plot of a film and what critics said about it.",
+    "Give step-by-step instructions for repairing a bicycle.",
+    "Solve a word problem about trains and show the work.",
+    "Write an encyclopedia article about a species of bird.",
+    "Describe a naval battle and the ships that took part in it.",
+    "Write a letter to a friend about a journey.",
+    "What causes earthquakes, and how are they measured?",
+    "List ten facts about the human heart.",
+    "Write a biography of a scientist of the 19th century.",
+)
+
+
+def write_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: tuple[int, int],
+    seed: int,
+    on_step: Callable[[int, int], None],
+) -> Tensor:
+    """Token ids int64 [rows, tokens] that the model samples, all rows side by side.
+
+    Every other row starts with a prompt in the chat template, the others with the first token alone; after an end
+    token the next such opening follows. on_step(done, total) is called after each token.
+    """
+    num_rows, num_tokens = shape
+    generator = torch.Generator().manual_seed(seed)
+    openings = cycle(_openings(model, tokenizer))
+    end_ids = _end_ids(model)
+    waiting = [deque(next(openings)) for _ in range(num_rows)]
+    written = torch.empty(num_rows, num_tokens, dtype=torch.int64)
+    column = torch.tensor([queue.popleft() for queue in waiting])
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for position in range(num_tokens):
+            written[:, position] = column
+            on_step(position + 1, num_tokens)
+            logits = model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            column = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+            for row, queue in enumerate(waiting):
+                if not queue and int(column[row]) in end_ids:
+                    queue.extend(next(openings))
+                elif queue:
+                    column[row] = queue.popleft()
+    return written
+
+
+def _openings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """What rows start with: each prompt in the chat template, if there is one, and the first token alone."""
+    first_id = model.config.bos_token_id
+    if first_id is None:
+        first_id = min(_end_ids(model), default=0)
+    if not tokenizer.chat_template:
+        return [[first_id]]
+    openings = []
+    for prompt in PROMPTS:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        openings += [tokenizer(text, add_special_tokens=False)["input_ids"], [first_id]]
+    return openings
+
+
+def _end_ids(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a text of this model; a config gives none, one or several."""
+    end_ids = model.config.eos_token_id
+    if end_ids is None:
+        return set()
+    return {end_ids} if isinstance(end_ids, int) else set(end_ids)

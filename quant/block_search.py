@@ -1,4 +1,4 @@
-"""AWQ on one block with its calibration inputs: capture, search, check that folding changed nothing, keep the better."""
+"""AWQ on one block and its calibration inputs: capture, search, check that folding is exact, keep the better weights."""
 
 import copy
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class BlockOutcome:
 
 
 def search_block(block: nn.Module, name: str, index: int, inputs: list[BlockInput], plan: BlockPlan) -> BlockOutcome:
-    """Quantize the block of that name and index in place by searched scales and ranges; by plain rounding where that is better.
+    """Quantize the block of that name and index in place: scales and ranges searched, or plain where that is better.
 
     Raises QuantizationError naming the block when its output is not finite or folding changed its function.
     """

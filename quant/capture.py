@@ -94,17 +94,13 @@ def embed(decoder: nn.Module, token_ids: Tensor) -> list[BlockInput]:
 
     decoder: the model without its head, with its blocks in `layers`; they are not run.
     """
-    blocks = decoder.get_submodule("layers")
-    if not isinstance(blocks, nn.ModuleList):
-        raise TypeError(f"the blocks of {type(decoder).__name__} are no list of modules")
-    recorders = nn.ModuleList(BlockRecorder() for _ in blocks)
-    chunks = token_ids.split(max(1, CHUNK_TOKENS // token_ids.shape[1]))
-    with _replaced_blocks(decoder, recorders):
+    recorders = [BlockRecorder() for _ in decoder.get_submodule("layers").children()]
+    chunks = torch.split(token_ids, max(1, CHUNK_TOKENS // token_ids.shape[1]))
+    with _replaced_blocks(decoder, nn.ModuleList(recorders)):
         for chunk in chunks:
             decoder(chunk, use_cache=False)
-    first = recorders[0]
     return [
-        BlockInput(first.hidden[index], tuple(recorder.contexts[index] for recorder in recorders))
+        BlockInput(recorders[0].hidden[index], tuple(recorder.contexts[index] for recorder in recorders))
         for index in range(len(chunks))
     ]
 

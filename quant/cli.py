@@ -56,10 +56,9 @@ def quantize_command(
     calib_samples: Annotated[int, typer.Option(help="calibration rows")] = Recipe.num_samples,
     calib_seqlen: Annotated[int, typer.Option(help="tokens per calibration row")] = Recipe.sample_tokens,
     seed: Annotated[int, typer.Option(help="seed of the text that the model writes")] = Recipe.seed,
-    evaluate: Annotated[
-        bool, typer.Option("--eval/--no-eval", help="measure perplexity on held-out text before and after")
-    ] = True,
     progress_format: Annotated[ProgressFormat, typer.Option(help="how progress is told")] = ProgressFormat.RICH,
+    *,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="measure no perplexity on held-out text")] = False,
 ) -> None:
     """Quantize the model SRC into the new directory OUT.
 
@@ -79,7 +78,7 @@ def quantize_command(
             calibration=calib,
             num_samples=calib_samples,
             sample_tokens=calib_seqlen,
-            num_held_out=Recipe.num_held_out if evaluate else 0,
+            num_held_out=0 if no_eval else Recipe.num_held_out,
             seed=seed,
         )
         _run(recipe, resolve_model(source), output, progress_format)
@@ -88,7 +87,7 @@ def quantize_command(
 def main() -> None:
     """Run the command line; SIGTERM ends it as Ctrl-C does, so that nothing half-written stays."""
     signal.signal(signal.SIGTERM, _stop)
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     app(prog_name=PROGRAM)
 
 

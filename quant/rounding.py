@@ -32,12 +32,17 @@ class GroupGrid:
     zeros: Tensor
 
 
+def split_groups(weight: Tensor, group_size: int) -> Tensor:
+    """[..., K] as [..., G, g]."""
+    return weight.reshape(*weight.shape[:-1], -1, group_size)
+
+
 def full_range(weight: Tensor, group_size: int) -> GroupRange:
     """The range of every group of weight [..., N, K], widened to hold 0.
 
     Without 0 the zero point of a group of one sign leaves the code range and clamping it destroys the group.
     """
-    groups = weight.unflatten(-1, (-1, group_size))
+    groups = split_groups(weight, group_size)
     return GroupRange(low=groups.amin(dim=-1).clamp(max=0), high=groups.amax(dim=-1).clamp(min=0))
 
 
@@ -51,11 +56,10 @@ def grid_of(group_range: GroupRange, bits: int) -> GroupGrid:
 
 def round_onto(weight: Tensor, grid: GroupGrid, bits: int) -> Tensor:
     """Each value of weight [..., N, K] replaced by the nearest one on its group's grid, float32."""
-    num_groups = grid.scales.shape[-1]
-    groups = weight.unflatten(-1, (num_groups, -1))
+    groups = split_groups(weight, weight.shape[-1] // grid.scales.shape[-1])
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
     codes = (groups / scales).round_().clamp_(-zeros, 2**bits - 1 - zeros)
-    return codes.mul_(scales).flatten(-2)
+    return torch.mul(codes, scales).flatten(-2)
 
 
 def round_plainly(weight: Tensor, group_size: int, bits: int) -> Tensor:
@@ -65,8 +69,7 @@ def round_plainly(weight: Tensor, group_size: int, bits: int) -> Tensor:
 
 def codes_of(weight: Tensor, grid: GroupGrid, bits: int) -> GroupCodes:
     """The codes of weight [N, K] on its grid, in the form that `kernels.layout.pack` takes."""
-    num_groups = grid.scales.shape[-1]
-    groups = weight.unflatten(-1, (num_groups, -1))
+    groups = split_groups(weight, weight.shape[-1] // grid.scales.shape[-1])
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
     codes = ((groups / scales).round_() + zeros).clamp_(0, 2**bits - 1)
     return GroupCodes(
@@ -74,5 +77,5 @@ def codes_of(weight: Tensor, grid: GroupGrid, bits: int) -> GroupCodes:
         scales=grid.scales.to(SCALE_DTYPE),
         zeros=grid.zeros.to(torch.uint8),
         bits=bits,
-        group_size=weight.shape[-1] // num_groups,
+        group_size=groups.shape[-1],
     )

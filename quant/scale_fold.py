@@ -44,10 +44,10 @@ def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, spread: ChannelSpre
             weight.copy_(torch.where(quotient == 0, weight, quotient))
         else:
             effective = scale
-            weight /= scale[:, None]
+            weight.div_(scale[:, None])
             bias = linear_of(block, group.source).bias
             if bias is not None:
-                bias /= scale
+                bias.div_(scale)
         expanded = spread.expand(effective)
         for name in group.linears:
             linear_of(block, name).weight.mul_(expanded)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant.capture import InputStatistics
-from quant.rounding import round_plainly
+from quant.rounding import round_plainly, split_groups
 
 # the paper's grid for the exponent, 0 excluded: that is the identity
 EXPONENTS = tuple(index / 20 for index in range(1, 21))
@@ -95,9 +95,10 @@ def scale_candidates(shared: SharedInput, group_size: int) -> Iterator[ScaleCand
 
 def relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """[K]: the mean over all rows of |w| beside the largest |w| of its group (AutoAWQ quantizer.py)."""
-    groups = torch.cat(list(weights)).abs().unflatten(-1, (-1, group_size))
+    groups = split_groups(torch.cat(list(weights)).abs(), group_size)
     largest = groups.amax(dim=-1, keepdim=True)
-    return (groups / largest.clamp(min=torch.finfo(torch.float32).tiny)).flatten(-2).mean(dim=0)
+    relative = groups / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.flatten(relative, start_dim=-2).mean(dim=0)
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:

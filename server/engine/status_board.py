@@ -32,7 +32,7 @@ class StatusBoard:
         self._is_settled.set()
 
     def set_restarting(self, detail: str) -> None:
-        self.status = replace(self.status, state="restarting", detail=detail)
+        self.status = replace(self.status, state="restarting", detail=detail, stats=None)
         self._is_settled.clear()
 
     def set_draining(self, detail: str) -> None:

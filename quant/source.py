@@ -1,0 +1,152 @@
+"""Opens the model to be quantized, for calibration in float32, and what goes with it: tokenizer, template, defaults.
+
+Reads a Hugging Face directory (safetensors only) or a GGUF file. Runs no code that comes with a model.
+"""
+
+import json
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from quant.checkpoint.location import GGUF_SUFFIX
+from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
+from quant.errors import SourceError
+from quant.scale_groups import groups_for
+
+GGUF_MAGIC = b"GGUF"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# what a model directory may hold beside its weights and config; copied as it is, so nothing is lost in translation
+SIDE_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG_FILE,
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION_CONFIG_FILE,
+)
+# where the source lay and how transformers held it: nothing a checkpoint should repeat
+TRANSIENT_CONFIG_FIELDS = ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """model: in float32 on the CPU, in eval mode. path: the directory or .gguf file it was read from.
+
+    name: what reports call it, and what opens it again.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    name: str
+    path: Path
+
+    def save_side_files(self, directory: Path) -> None:
+        """Write tokenizer, chat template and generation config into `directory`.
+
+        A directory's files are copied; a GGUF file's are made from what transformers read out of it.
+        """
+        if self.path.is_dir():
+            for file_name in SIDE_FILES:
+                if (self.path / file_name).is_file():
+                    shutil.copyfile(self.path / file_name, directory / file_name)
+        else:
+            self.tokenizer.save_pretrained(directory)
+            _name_tokenizer_class_for_all_versions(directory / TOKENIZER_CONFIG_FILE)
+        if not (directory / GENERATION_CONFIG_FILE).exists() and self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(directory)
+
+    def checkpoint_config(self, dtype: torch.dtype) -> dict[str, object]:
+        """The config.json of a checkpoint of this model whose plain tensors have `dtype`; without quantization_config.
+
+        A directory's config is kept field by field. A GGUF file's is written in the spelling of transformers 4 too,
+        which other servers still read.
+        """
+        if self.path.is_dir():
+            fields: dict[str, object] = json.loads((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
+        else:
+            fields = {**self.config.to_diff_dict(), "architectures": [type(self.model).__name__]}
+            rope_parameters = fields.get("rope_parameters")
+            if isinstance(rope_parameters, dict) and "rope_theta" in rope_parameters:
+                fields["rope_theta"] = rope_parameters["rope_theta"]
+        dtype_name = str(dtype).removeprefix("torch.")
+        kept = {name: value for name, value in fields.items() if name not in TRANSIENT_CONFIG_FIELDS}
+        return {**kept, "dtype": dtype_name, "torch_dtype": dtype_name}
+
+
+def open_source(path: Path) -> SourceModel:
+    """Load an unquantized model directory or a .gguf file (see location.resolve_model) for calibration.
+
+    Raises SourceError when it is no model, is quantized already, lacks a tokenizer or tensors, or is of an
+    architecture that cannot be quantized (lists the known); CheckpointError naming the damaged file.
+    """
+    if path.suffix == GGUF_SUFFIX:
+        return _open_gguf(path)
+    reader = CheckpointReader.open(path)
+    if reader.meta is not None:
+        raise SourceError(
+            f"{path} is quantized already ({reader.meta.quant_method}, {reader.meta.bits} bits); "
+            "give the original model"
+        )
+    groups_for(str(reader.config.get("model_type")))
+    return _load(path, gguf_file=None)
+
+
+def _open_gguf(file: Path) -> SourceModel:
+    with file.open("rb") as stream:
+        magic = stream.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise SourceError(f"{file} is no GGUF file: it starts with {magic!r}, not {GGUF_MAGIC!r}")
+    return _load(file, gguf_file=file.name)
+
+
+def _load(path: Path, *, gguf_file: str | None) -> SourceModel:
+    directory = path if gguf_file is None else path.parent
+    try:
+        # parsed once and handed on: transformers would parse a GGUF file again for every question
+        config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
+        groups_for(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, gguf_file=gguf_file, trust_remote_code=False, local_files_only=True
+        )
+        loaded: object = AutoModelForCausalLM.from_pretrained(
+            directory,
+            gguf_file=gguf_file,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        # what transformers and gguf raise for files that are no model, or a damaged one
+        raise SourceError(f"{path} cannot be loaded as a language model: {error}") from error
+    model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
+    missing = sorted(str(key) for keys in ("missing_keys", "mismatched_keys") for key in loading[keys])
+    if missing:
+        raise SourceError(f"{path} lacks tensors its config asks for: {', '.join(missing[:5])} ({len(missing)} in all)")
+    # transformers' default is 1e30, which would be written into the checkpoint
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return SourceModel(model=model, tokenizer=tokenizer, config=model.config, name=str(path.absolute()), path=path)
+
+
+def _name_tokenizer_class_for_all_versions(file: Path) -> None:
+    """transformers 5 writes a class name that version 4, and the servers built on it, do not know."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for transient in ("is_local", "local_files_only"):
+        fields.pop(transient, None)
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,41 +31,59 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What a server is told. Flags win over AWQ_SERVE_* variables, those over the file, that over the defaults.
 
-    model: a checkpoint directory or a hub name; None is the demo model. api_keys: any of them opens every route that
-    is not public. data_dir: jobs, finished checkpoints and the demo model. model_roots: more directories whose models
-    and texts a quantization job may read. drain_seconds: how long requests under
-    way may finish after SIGTERM. The engine's settings are explained in server/engine/config.py.
+    The descriptions are the help of the flags; docs/settings.md and server/engine/config.py say more.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, extra="forbid")
 
-    model: str | None = None
-    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_keys: Annotated[tuple[str, ...], NoDecode, Field(repr=False)] = ()
-    api_key_file: Path | None = None
-    allow_insecure_bind: bool = False
-    data_dir: Path = Path("~/.local/share/awq-serve")
-    model_roots: Annotated[tuple[Path, ...], NoDecode] = ()
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    model: Annotated[str | None, Field(description="checkpoint directory or hub name; the demo model if left out")] = (
+        None
+    )
+    served_model_name: Annotated[
+        str | None,
+        Field(min_length=1, max_length=256, description="what clients call it; the directory's name if not set"),
+    ] = None
+    host: Annotated[str, Field(description="address to listen on; beyond this machine it needs an API key")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    api_keys: Annotated[
+        tuple[str, ...], NoDecode, Field(repr=False, description="a key that opens the guarded routes; may be repeated")
+    ] = ()
+    api_key_file: Annotated[Path | None, Field(description="file with one key a line")] = None
+    allow_insecure_bind: Annotated[bool, Field(description="listen for other machines without a key")] = False
+    data_dir: Annotated[Path, Field(description="jobs, finished checkpoints, the demo model")] = Path(
+        "~/.local/share/awq-serve"
+    )
+    model_roots: Annotated[
+        tuple[Path, ...], NoDecode, Field(description="directory that quantization jobs may read; may be repeated")
+    ] = ()
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="debug, info, warning or error")
+    ] = "info"
+    drain_seconds: Annotated[
+        float, Field(ge=0, le=3600, description="how long requests under way may finish after SIGTERM")
+    ] = 30.0
 
-    device: Device = "auto"
-    dtype: DType = "auto"
-    max_model_len: Annotated[int, Field(ge=1)] | None = None
-    max_num_seqs: Annotated[int, Field(ge=1)] = 64
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
-    block_size: Annotated[int, Field(ge=1)] | None = None
-    kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    max_waiting: Annotated[int, Field(ge=0)] = 256
-    num_threads: Annotated[int, Field(ge=1)] | None = None
+    device: Annotated[Device, Field(description="cuda, cpu, or auto: a GPU where there is one")] = "auto"
+    dtype: Annotated[DType, Field(description="of activations: auto, float32, bfloat16 or float16")] = "auto"
+    max_model_len: Annotated[
+        int | None, Field(ge=1, description="tokens of prompt and answer together; the model's own if not set")
+    ] = None
+    max_num_seqs: Annotated[int, Field(ge=1, description="sequences that run at once")] = 64
+    max_num_batched_tokens: Annotated[int, Field(ge=1, description="tokens that one step computes")] = 2048
+    block_size: Annotated[int | None, Field(ge=1, description="tokens in a block of the KV cache")] = None
+    kv_cache_bytes: Annotated[int | None, Field(ge=1, description="bytes of the KV cache")] = None
+    gpu_memory_utilization: Annotated[
+        float, Field(gt=0, le=1, description="share of the GPU for weights and KV cache")
+    ] = 0.9
+    max_waiting: Annotated[int, Field(ge=0, description="requests that may wait; the next one is answered 429")] = 256
+    num_threads: Annotated[int | None, Field(ge=1, description="threads of the engine on a CPU")] = None
 
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MEBIBYTE
-    max_prompts: Annotated[int, Field(ge=1)] = 128
-    max_stop_strings: Annotated[int, Field(ge=1)] = 16
-    max_stop_characters: Annotated[int, Field(ge=1)] = 256
+    max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * MEBIBYTE
+    max_prompts: Annotated[int, Field(ge=1, description="prompts in one request")] = 128
+    max_stop_strings: Annotated[int, Field(ge=1, description="stop strings in one request")] = 16
+    max_stop_characters: Annotated[int, Field(ge=1, description="characters of one stop string")] = 256
 
     @classmethod
     def settings_customise_sources(

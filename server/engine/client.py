@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from server.engine.admission import check_request
@@ -81,7 +81,7 @@ class ProcessEngineClient:
             self._supervision.cancel()
             await asyncio.wait({self._supervision})
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         check_request(request, self._board.require_ready())
         stream = self._requests.open(request)
         self._send(Generate(request))

@@ -4,7 +4,7 @@ Needs neither ZeroMQ nor msgspec. A fault in the engine's native code takes this
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -56,7 +56,7 @@ class InProcessEngineClient:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         check_request(request, self._board.require_ready())
         stream = self._requests.open(request)
         self._inbox.put(request)

@@ -1,0 +1,98 @@
+"""Runs the application on a socket until it is told to end, and ends it in order. Knows no routes."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.engine.client_protocol import EngineClient
+from server.settings import Settings
+
+BACKLOG = 2048
+# an idle connection of a client that keeps it open costs nothing; one that never sends its request does
+KEEP_ALIVE_SECONDS = 30
+# after the drain every request has ended, and this is for its last bytes to leave
+CLOSE_SECONDS = 5
+
+
+class ListenError(Exception):
+    """The address cannot be listened on; the message is one sentence for the terminal."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before the model loads, so that a port in use is told at once. Raises ListenError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        # now, as two sockets may bind one port, and only one may listen
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ListenError(
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, or choose another with --port"
+        ) from error
+    return listener
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn, with the engine drained before connections close: SIGTERM ends requests in order, a second one at once.
+
+    announce: called when the model is ready. failure: why the engine never got ready, once that is known.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings, engine: EngineClient, announce: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=settings.log_level == "debug",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+                server_header=False,
+            )
+        )
+        self.failure: str | None = None
+        self._engine = engine
+        self._announce = announce
+        self._drain_seconds = settings.drain_seconds
+        self._hurry = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._watch = asyncio.create_task(self._watch_start())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests with 503, let the others finish, then close the connections."""
+        if self._watch is not None:
+            self._watch.cancel()
+        draining = asyncio.create_task(self._engine.stop(self._drain_seconds))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        if not draining.done():
+            draining.cancel()
+            await self._engine.stop(drain_seconds=0)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """End in order, with exit status 0, where uvicorn would end by the signal itself; the second time at once."""
+        if self.should_exit:
+            # from a signal handler, which must wake the loop by itself
+            self._loop.call_soon_threadsafe(self._hurry.set)
+            self.force_exit = True
+        self.should_exit = True
+
+    async def _watch_start(self) -> None:
+        status = await self._engine.wait_until_settled()
+        if status.state == "failed":
+            self.failure = status.detail
+            self.should_exit = True
+        elif status.state == "ready":
+            self._announce()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # from linux/prctl.h
 PR_SET_PDEATHSIG = 1
-NICENESS = 10
+NICENESS = 5
 # half way to "kill me first" (1000): when memory runs out, the kernel takes the quantizer before the engine
 OOM_SCORE_ADJUSTMENT = 500
 

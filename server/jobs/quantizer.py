@@ -16,7 +16,8 @@ from server.jobs.events import DoneEvent, FailedEvent, ProgressEvent, parse_even
 # the report of a model with hundreds of layers is one line; more than this is a fault
 MAX_LINE_BYTES = 16 * 2**20
 SWEEP_SECONDS = 0.1
-TAIL_LINES = 20
+# the end of a traceback; more of it is no help to a client
+TAIL_LINES = 5
 TAIL_LINE_CHARS = 500
 
 

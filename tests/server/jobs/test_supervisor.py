@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from server.jobs.record import JobProgress, JobRecord, JobState
 from server.jobs.runner_lock import RunnerLock
@@ -81,7 +83,10 @@ def test_a_job_that_fails_says_why(store: JobStore, part: str, reason: str) -> N
     assert re.search(reason, job.error)
 
 
-def test_a_killed_quantizer_fails_its_job_and_the_next_one_runs(store: JobStore) -> None:
+@pytest.mark.parametrize("event_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_killed_quantizer_fails_its_job_and_the_next_one_runs(
+    store: JobStore, event_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     async def run() -> tuple[JobRecord, JobRecord]:
         async with supervised(store):
             killed, following = submit(store, "hang_with_child"), submit(store, "succeed", "following")
@@ -93,7 +98,8 @@ def test_a_killed_quantizer_fails_its_job_and_the_next_one_runs(store: JobStore)
             assert not is_alive(grandchild)
             return ended
 
-    killed, following = asyncio.run(run())
+    with asyncio.Runner(loop_factory=event_loop) as runner:
+        killed, following = runner.run(run())
     assert killed.state is JobState.FAILED
     assert killed.error is not None
     assert "SIGKILL" in killed.error

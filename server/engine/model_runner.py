@@ -7,7 +7,7 @@ from kernels.paged_batch import PagedLayer
 from server.engine.logprobs import collect_logprobs
 from server.engine.request import TokenLogprob
 from server.engine.sampler import sample
-from server.engine.step_plan import PromptLogprobRows, StepPlan, StepResult
+from server.engine.step_plan import PromptLogprobRows, SampledToken, StepPlan, StepResult
 from server.engine.step_tensors import build_step_tensors
 from server.model.decoder import Decoder
 
@@ -28,7 +28,10 @@ class ModelRunner:
         """Compute the plan's tokens and draw one token for each of its sampling rows."""
         step = build_step_tensors(plan, self._kv_layers[0].block_size, self._device)
         hidden = self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
-        tokens = sample(self._decoder.compute_logits(hidden[step.sampled]), plan.sampling_rows)
+        tokens: tuple[SampledToken, ...] = ()
+        # a step may hold nothing but the first part of a prompt
+        if plan.sampling_rows:
+            tokens = sample(self._decoder.compute_logits(hidden[step.sampled]), plan.sampling_rows)
         return StepResult(tokens, tuple(self._score_prompt(hidden, rows) for rows in plan.prompt_logprob_rows))
 
     def _score_prompt(self, hidden: Tensor, rows: PromptLogprobRows) -> tuple[TokenLogprob, ...]:

@@ -17,7 +17,7 @@ NOT_FINITE = "the model's logits are not finite numbers, so no token could be ch
 
 
 def sample(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> tuple[SampledToken, ...]:
-    """The next token of each row from float32 logits [S, V], one row of logits a sampling row.
+    """The next token of each row from float32 logits [S, V], one row of logits a sampling row, and at least one.
 
     Edits (bias, penalties, bars), then temperature, then top-k, top-p and min-p, then the draw; greedy rows take the
     largest edited logit. A row whose logits are not finite gets an error and disturbs no other.

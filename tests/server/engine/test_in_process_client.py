@@ -106,7 +106,7 @@ def test_closing_the_generator_returns_the_blocks() -> None:
         for stream in streams:
             await anext(stream)
         for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
         await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_free_blocks == NUM_BLOCKS)
 
     run(scenario)

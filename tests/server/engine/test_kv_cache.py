@@ -1,0 +1,64 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from server.engine import host_memory
+from server.engine.config import EngineConfig
+from server.engine.errors import EngineSetupError
+from server.engine.kv_cache import KvGeometry, allocate_layers, choose_size
+
+CPU = torch.device("cpu")
+GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16, max_model_len=1000)
+BYTES_PER_TOKEN = 2 * 3 * 2 * 16 * 2
+CONFIG = EngineConfig("model", max_num_seqs=4, block_size=8)
+
+
+def test_a_token_takes_its_keys_and_values_in_every_layer() -> None:
+    assert GEOMETRY.bytes_per_token == BYTES_PER_TOKEN
+
+
+def test_the_cache_takes_the_bytes_it_is_given() -> None:
+    size = choose_size(replace(CONFIG, kv_cache_bytes=100 * BYTES_PER_TOKEN), GEOMETRY, CPU)
+    # 100 tokens are 12 blocks of 8, and the context is cut to them
+    assert (size.num_blocks, size.block_size, size.max_model_len) == (12, 8, 96)
+
+
+def test_no_more_is_taken_than_all_sequences_need() -> None:
+    size = choose_size(replace(CONFIG, max_model_len=20, kv_cache_bytes=10**9), GEOMETRY, CPU)
+    assert (size.num_blocks, size.max_model_len) == (4 * 3, 20)
+
+
+def test_unasked_a_cpu_gives_at_most_a_quarter_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 4 * 240 * BYTES_PER_TOKEN)
+    assert choose_size(CONFIG, GEOMETRY, CPU).num_blocks == 30
+
+
+def test_a_context_that_does_not_fit_is_refused_with_the_number_to_change() -> None:
+    config = replace(CONFIG, max_model_len=512, kv_cache_bytes=256 * BYTES_PER_TOKEN)
+    with pytest.raises(EngineSetupError, match=r"holds 256 tokens, fewer than max_model_len 512: raise kv_cache_bytes"):
+        choose_size(config, GEOMETRY, CPU)
+
+
+def test_a_cache_without_room_for_one_block_is_refused() -> None:
+    with pytest.raises(EngineSetupError, match="raise kv_cache_bytes, which is 100"):
+        choose_size(replace(CONFIG, kv_cache_bytes=100), GEOMETRY, CPU)
+
+
+def test_a_context_longer_than_the_models_is_refused() -> None:
+    with pytest.raises(EngineSetupError, match=r"max_model_len is 1001.*at most 1000"):
+        choose_size(replace(CONFIG, max_model_len=1001), GEOMETRY, CPU)
+
+
+def test_the_tensors_have_the_shape_that_the_kernels_read() -> None:
+    size = choose_size(replace(CONFIG, kv_cache_bytes=100 * BYTES_PER_TOKEN), GEOMETRY, CPU)
+    layers = allocate_layers(size, GEOMETRY, CPU)
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.keys.shape == layer.values.shape == (12, 2, 8, 16)
+        assert layer.keys.dtype == torch.bfloat16
+        assert layer.keys.data_ptr() != layer.values.data_ptr()
+
+
+def test_free_memory_is_a_part_of_this_machines() -> None:
+    assert 2**20 < host_memory.available_bytes() < 2**50

@@ -1,0 +1,160 @@
+"""The whole engine on a real, tiny decoder, in this thread: what transformers gives, whatever the batching."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from server.engine.assembly import assemble_engine
+from server.engine.config import EngineConfig
+from server.engine.loop import EngineLoop
+from server.engine.request import EngineNews, FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob
+from server.engine.sampler import NOT_FINITE
+from tests.tiny_models import save_tiny_model
+
+Reference = Callable[[torch.Tensor], torch.Tensor]
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+class Engine:
+    """A loop driven by hand, and the news it gave."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.events: dict[str, list[TokenEvent]] = defaultdict(list)
+        self.loop, self.info = assemble_engine(config, lambda progress: None, self._take)
+
+    def _take(self, news: EngineNews) -> None:
+        for event in news.events:
+            self.events[event.request_id].append(event)
+
+    def run(self, *requests: GenerationRequest) -> list[list[int]]:
+        """The output of each request, all of them submitted at once."""
+        for request in requests:
+            self.loop.submit(request)
+        finish(self.loop)
+        return [[token for event in self.events[r.request_id] for token in event.token_ids] for r in requests]
+
+
+def finish(loop: EngineLoop) -> None:
+    while loop.has_work:
+        loop.step()
+        loop.check_integrity()
+
+
+def config(directory: Path) -> EngineConfig:
+    return EngineConfig(
+        str(directory),
+        device="cpu",
+        dtype="float32",
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        block_size=4,
+        kv_cache_bytes=512 * 1024,
+    )
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return tuple(torch.randint(0, 256, (length,), generator=generator).tolist())
+
+
+def request(request_id: str, length: int, params: SamplingParams = GREEDY) -> GenerationRequest:
+    return GenerationRequest(request_id, prompt(length), params)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path) -> Reference:
+    """Logits [T, vocab] of token ids [T] by transformers."""
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    def logits(token_ids: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            result: torch.Tensor = model(token_ids[None]).logits[0]
+        return result
+
+    return logits
+
+
+def greedy_output(reference: Reference, token_ids: tuple[int, ...], max_tokens: int) -> list[int]:
+    known = list(token_ids)
+    for _ in range(max_tokens):
+        known.append(int(reference(torch.tensor(known))[-1].argmax()))
+    return known[len(token_ids) :]
+
+
+@pytest.mark.parametrize("budget", [8, 13, 64])
+def test_greedy_output_is_that_of_transformers(tiny_model: Path, reference: Reference, budget: int) -> None:
+    lengths = (1, 3, 4, 17, 50)
+    engine = Engine(replace(config(tiny_model), max_num_batched_tokens=budget))
+    outputs = engine.run(*(request(f"r{length}", length) for length in lengths))
+    assert outputs == [greedy_output(reference, prompt(length), 12) for length in lengths]
+
+
+def test_preempted_requests_give_what_they_give_alone(tiny_model: Path) -> None:
+    requests = [request(f"r{length}", length, replace(GREEDY, max_tokens=40)) for length in (2, 5, 9, 20)]
+    # given a cache of 64 tokens for requests that grow to 156 together
+    tight = Engine(replace(config(tiny_model), kv_cache_bytes=64 * 2 * 2 * 2 * 16 * 4, max_model_len=64))
+    assert tight.info.num_blocks == 16
+    outputs = tight.run(*requests)
+    roomy = Engine(config(tiny_model))
+    assert outputs == [roomy.run(one)[0] for one in requests]
+
+
+def test_seeded_output_does_not_depend_on_the_batch(tiny_model: Path) -> None:
+    params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=7)
+    target = request("target", 9, params)
+    alone = Engine(config(tiny_model)).run(target)[0]
+    mates = [request(f"mate{index}", 3 + index, replace(params, seed=index, top_k=5)) for index in range(5)]
+    assert Engine(config(tiny_model)).run(*mates, target)[-1] == alone
+    other_seed = GenerationRequest("other", target.prompt_token_ids, replace(params, seed=8))
+    assert Engine(config(tiny_model)).run(other_seed)[0] != alone
+
+
+def test_a_stop_token_ends_the_output_and_is_its_last_token(tiny_model: Path) -> None:
+    engine = Engine(config(tiny_model))
+    free = engine.run(request("free", 6))[0]
+    stop_id = free[4]
+    stopped = request("stopped", 6, replace(GREEDY, stop_token_ids=(stop_id,)))
+    assert engine.run(stopped)[0] == free[: free.index(stop_id) + 1]
+    assert engine.events["stopped"][-1].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("budget", [8, 64])
+def test_prompt_logprobs_are_those_of_the_model(tiny_model: Path, reference: Reference, budget: int) -> None:
+    engine = Engine(replace(config(tiny_model), max_num_batched_tokens=budget))
+    engine.run(request("r", 21, replace(GREEDY, max_tokens=2, prompt_logprobs=3, logprobs=3)))
+    first = engine.events["r"][0]
+    token_ids = torch.tensor(prompt(21) + engine.events["r"][0].token_ids)
+    expected = reference(token_ids).log_softmax(-1)
+    assert first.prompt_logprobs[0] is None
+    scored: list[TokenLogprob] = [score for score in first.prompt_logprobs if score] + list(first.logprobs)
+    assert [score.token_id for score in scored] == token_ids[1:].tolist()
+    for position, score in enumerate(scored):
+        assert score.logprob == pytest.approx(expected[position, score.token_id].item(), abs=1e-4)
+        assert [token for token, _ in score.top] == expected[position].topk(3).indices.tolist()
+        assert [value for _, value in score.top] == pytest.approx(expected[position].topk(3).values.tolist(), abs=1e-4)
+
+
+def test_a_poisoned_token_fails_its_request_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    # given a model whose embedding of token 200 is broken, and a head of its own
+    directory = save_tiny_model("llama", tmp_path / "model", config_overrides={"tie_word_embeddings": False})
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.embed_tokens.weight"][200] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    engine = Engine(config(directory))
+    assert 200 not in prompt(20)
+    clean = engine.run(request("clean", 20))[0]
+
+    outputs = engine.run(GenerationRequest("sick", (200,) * 20, GREEDY), request("beside", 20))
+
+    assert outputs == [[], clean]
+    assert engine.events["sick"][-1].finish_reason is FinishReason.ERROR
+    assert engine.events["sick"][-1].error == NOT_FINITE
+    # and the blocks it used serve others
+    assert engine.run(*(request(f"after {index}", 20) for index in range(8))) == [clean] * 8

@@ -11,10 +11,18 @@ from kernels.reference import dequantize
 from quant.capture import InputStatistics
 from quant.clip_search import search_range
 from quant.errors import QuantizationError
-from quant.rounding import GroupRange, codes_of, full_range, grid_of, round_plainly
+from quant.rounding import GroupRange, codes_of, full_range, grid_of
 from quant.scale_fold import fold, spread_of
 from quant.scale_groups import ScaleGroup, linear_of
-from quant.scale_search import Grouping, SharedInput, relative_loss, search_scale
+from quant.scale_search import (
+    ChannelSpread,
+    Grouping,
+    ScaleChoice,
+    SharedInput,
+    keep_unscaled,
+    relative_loss,
+    search_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,9 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class FoldedGroup:
-    """The scale that multiplies a group's linears, float32 [K], and the name of the formula that won."""
+    """What the search chose for a group, and the scale that now multiplies its linears, float32 [K]."""
 
-    formula: str
+    choice: ScaleChoice
     scale: Tensor
 
 
@@ -61,13 +69,14 @@ def fold_scales(block: nn.Module, plan: BlockPlan, statistics: Mapping[str, Inpu
     for group in reversed(plan.groups):
         observed = group.linears[0]
         spread = spread_of(block, group, plan.head_width)
-        if spread is None:
-            identity = torch.ones(linear_of(block, observed).in_features)
-            folded[observed] = FoldedGroup("not folded: shapes differ", identity)
-            continue
         weights = [linear_of(block, name).weight.detach() for name in group.linears]
-        choice = search_scale(SharedInput(weights, statistics[observed], spread), plan.grouping)
-        folded[observed] = FoldedGroup(choice.name, fold(block, group, choice.scale, spread))
+        if spread is None:
+            direct = ChannelSpread(width=weights[0].shape[1], repeats=1)
+            choice = keep_unscaled(SharedInput(weights, statistics[observed], direct), plan.grouping)
+            folded[observed] = FoldedGroup(choice, choice.candidate.scale)
+        else:
+            choice = search_scale(SharedInput(weights, statistics[observed], spread), plan.grouping)
+            folded[observed] = FoldedGroup(choice, fold(block, group, choice.candidate.scale, spread))
     return folded
 
 
@@ -81,18 +90,16 @@ def round_folded(
     results = {}
     for group in plan.groups:
         observed = group.linears[0]
-        scale, gram = folded[observed].scale, statistics[observed].gram
-        scaled_gram = gram / (scale[:, None] * scale[None, :])
-        for name in group.linears:
+        choice, scale = folded[observed].choice, folded[observed].scale
+        gram = statistics[observed].gram / (scale[:, None] * scale[None, :])
+        for name, signal, plain_loss in zip(group.linears, choice.signals, choice.plain_losses, strict=True):
             weight = linear_of(block, name).weight.detach().clone()
-            packed = _round(block, name, search_range(weight, scaled_gram, plan.grouping), plan.grouping)
-            unscaled = weight / scale
-            plain = round_plainly(unscaled, plan.grouping.group_size, plan.grouping.bits)
+            packed = _round(block, name, search_range(weight, gram, plan.grouping), plan.grouping)
             results[name] = LayerResult(
                 packed=packed,
-                formula=folded[observed].formula,
-                plain_loss=relative_loss(unscaled - plain, unscaled, gram),
-                loss=relative_loss(weight - dequantize(packed), weight, scaled_gram),
+                formula=choice.candidate.name,
+                plain_loss=plain_loss,
+                loss=relative_loss(weight - dequantize(packed), gram, signal),
             )
     return results
 

@@ -1,4 +1,4 @@
-"""AWQ on one block and its calibration inputs: capture, search, check that folding is exact, keep the better weights."""
+"""AWQ on one block and its calibration inputs: capture, search, check that folding is exact, keep the better."""
 
 import copy
 from collections.abc import Mapping

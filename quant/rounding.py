@@ -58,8 +58,8 @@ def round_onto(weight: Tensor, grid: GroupGrid, bits: int) -> Tensor:
     """Each value of weight [..., N, K] replaced by the nearest one on its group's grid, float32."""
     groups = split_groups(weight, weight.shape[-1] // grid.scales.shape[-1])
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
-    codes = (groups / scales).round_().clamp_(-zeros, 2**bits - 1 - zeros)
-    return torch.mul(codes, scales).flatten(-2)
+    codes = (groups / scales).round_().add_(zeros).clamp_(0, 2**bits - 1)
+    return torch.mul(codes.sub_(zeros), scales).flatten(-2)
 
 
 def round_plainly(weight: Tensor, group_size: int, bits: int) -> Tensor:
@@ -71,7 +71,7 @@ def codes_of(weight: Tensor, grid: GroupGrid, bits: int) -> GroupCodes:
     """The codes of weight [N, K] on its grid, in the form that `kernels.layout.pack` takes."""
     groups = split_groups(weight, weight.shape[-1] // grid.scales.shape[-1])
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
-    codes = ((groups / scales).round_() + zeros).clamp_(0, 2**bits - 1)
+    codes = (groups / scales).round_().add_(zeros).clamp_(0, 2**bits - 1)
     return GroupCodes(
         codes=codes.flatten(-2).to(torch.uint8),
         scales=grid.scales.to(SCALE_DTYPE),

@@ -3,8 +3,8 @@
 Legend: N = out features of a linear, K = in features, C = channels of the operation that makes the input.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ SMALLEST_MAGNITUDE = 1e-4
 # stands for the output of an all-zero weight, whose error is 0 as well
 SMALLEST_SIGNAL = 1e-30
 # candidates are ranked on evenly spread rows: the scale is shared by all rows, so a sample ranks as all of them do
-RANKING_ROWS = 128
-# the best of the ranking are measured on all rows
-NUM_FINALISTS = 2
+RANKING_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,24 +66,44 @@ class ScaleCandidate:
     scale: Tensor
 
 
-def search_scale(shared: SharedInput, grouping: Grouping) -> ScaleCandidate:
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The best candidate; and of every linear tr(W G W^T), and what it loses by plain rounding as a share of that."""
+
+    candidate: ScaleCandidate
+    signals: tuple[float, ...]
+    plain_losses: tuple[float, ...]
+
+
+def search_scale(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
     """The candidate of the least loss. The identity is one of them, so the choice is never worse than plain rounding.
 
     The loss is the sum over the linears of tr(D G D^T) / tr(W G W^T), with the effective error D = W - round(W s) / s.
     """
-    candidates = list(scale_candidates(shared, grouping.group_size))
-    ranking_rows = [weight[:: -(-weight.shape[0] // RANKING_ROWS)] for weight in shared.weights]
-    ranked = sorted(candidates, key=_loss_on(ranking_rows, shared, grouping))
-    # the sort is stable and the identity comes first, so a tie leaves the weights as they are
-    finalists = [candidates[0], *(candidate for candidate in ranked[:NUM_FINALISTS] if candidate is not candidates[0])]
-    return min(finalists, key=_loss_on(shared.weights, shared, grouping))
+    unscaled = keep_unscaled(shared, grouping)
+    sample = replace(shared, weights=[weight[:: -(-weight.shape[0] // RANKING_ROWS)] for weight in shared.weights])
+    sample_signals = signals_of(sample)
+    best = min(
+        scale_candidates(shared, grouping.group_size),
+        key=lambda candidate: sum(_losses(candidate, sample, sample_signals, grouping)),
+    )
+    if sum(_losses(best, shared, unscaled.signals, grouping)) >= sum(unscaled.plain_losses):
+        return unscaled
+    return replace(unscaled, candidate=best)
+
+
+def keep_unscaled(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
+    """The identity with its numbers."""
+    signals = signals_of(shared)
+    num_channels = shared.weights[0].shape[1] // shared.spread.repeats
+    identity = ScaleCandidate("identity", torch.ones(num_channels))
+    return ScaleChoice(identity, signals, _losses(identity, shared, signals, grouping))
 
 
 def scale_candidates(shared: SharedInput, group_size: int) -> Iterator[ScaleCandidate]:
-    """The identity, the paper's x^a, and AutoAWQ's x^a / w^(1-a), normalised so that sqrt(max * min) is 1."""
+    """The paper's x^a and AutoAWQ's x^a / w^(1-a), normalised so that sqrt(max * min) is 1."""
     magnitude = shared.spread.average(shared.statistics.mean_magnitude).clamp(min=SMALLEST_MAGNITUDE)
     weight_magnitude = shared.spread.average(relative_magnitude(shared.weights, group_size)).clamp(SMALLEST_MAGNITUDE)
-    yield ScaleCandidate("identity", torch.ones_like(magnitude))
     for exponent in EXPONENTS:
         activation = exponent * magnitude.log()
         yield ScaleCandidate(f"x^{exponent:.2f}", _normalised(activation))
@@ -106,26 +124,25 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(dim=-1)
 
 
-def relative_loss(difference: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """tr(D G D^T) / tr(W G W^T): the squared output error as a share of the squared output; 0 for no output."""
-    signal = float(output_error(weight, gram).sum())
+def signals_of(shared: SharedInput) -> tuple[float, ...]:
+    """tr(W G W^T) of every linear: its mean squared output, which errors are measured against."""
+    return tuple(float(output_error(weight, shared.statistics.gram).sum()) for weight in shared.weights)
+
+
+def relative_loss(difference: Tensor, gram: Tensor, signal: float) -> float:
+    """tr(D G D^T) as a share of the signal."""
     return float(output_error(difference, gram).sum()) / max(signal, SMALLEST_SIGNAL)
 
 
-def _loss_on(weights: Sequence[Tensor], shared: SharedInput, grouping: Grouping) -> Callable[[ScaleCandidate], float]:
-    gram = shared.statistics.gram
-    # equal for all candidates, so computed once
-    signals = [float(output_error(weight, gram).sum()) for weight in weights]
-
-    def loss(candidate: ScaleCandidate) -> float:
-        scale = shared.spread.expand(candidate.scale)
-        total = 0.0
-        for weight, signal in zip(weights, signals, strict=True):
-            difference = weight - round_plainly(weight * scale, grouping.group_size, grouping.bits) / scale
-            total += float(output_error(difference, gram).sum()) / max(signal, SMALLEST_SIGNAL)
-        return total
-
-    return loss
+def _losses(
+    candidate: ScaleCandidate, shared: SharedInput, signals: Sequence[float], grouping: Grouping
+) -> tuple[float, ...]:
+    scale = shared.spread.expand(candidate.scale)
+    losses = []
+    for weight, signal in zip(shared.weights, signals, strict=True):
+        difference = weight - round_plainly(weight * scale, grouping.group_size, grouping.bits) / scale
+        losses.append(relative_loss(difference, shared.statistics.gram, signal))
+    return tuple(losses)
 
 
 def _normalised(logarithm: Tensor) -> Tensor:

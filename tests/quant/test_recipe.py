@@ -1,0 +1,44 @@
+"""A recipe is valid or does not exist; the group size fits every layer or is refused by the layer's name."""
+
+import pytest
+
+from quant.errors import RecipeError
+from quant.recipe import Recipe, choose_group_size
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("bits", 5, "bits is 5; supported: 4"),
+        ("group_size", 48, "group size is 48; supported: auto, 128, 64, 32"),
+        ("calibration", " ", "calibration is empty"),
+        ("num_samples", 0, "calibration samples is 0"),
+        ("sample_tokens", -1, "calibration tokens is -1"),
+        ("num_held_out", -1, "number of held-out rows is -1"),
+        ("seed", -3, "seed is -3"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_name(field: str, value: object, named: str) -> None:
+    with pytest.raises(RecipeError, match=named):
+        Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((4096, 11008), 128), ((576, 1536), 64), ((96, 128), 32), ((128, 64), 64)]
+)
+def test_auto_is_the_largest_group_size_that_divides_every_layer(sizes: tuple[int, int], expected: int) -> None:
+    assert choose_group_size(None, {"a": sizes[0], "b": sizes[1]}) == expected
+
+
+def test_a_requested_group_size_that_fits_is_taken() -> None:
+    assert choose_group_size(32, {"a": 4096}) == 32
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer_and_what_would_fit() -> None:
+    with pytest.raises(RecipeError, match=r"128 does not divide the 576 in features of layers\.0\.q; use 64 or 32"):
+        choose_group_size(128, {"layers.0.down": 1536, "layers.0.q": 576})
+
+
+def test_a_model_that_no_group_size_fits_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no supported group size fits"):
+        choose_group_size(None, {"layers.0.q": 100})

@@ -53,6 +53,14 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
     return gemm_int4(x, weight, bias)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, computed in float32, in x's dtype."""
+    if x.device.type == "cpu":
+        return cpu.rms_norm(x, weight, epsilon)
+    _require_cuda(x.device)
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+
+
 def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, slot_mapping: Tensor) -> None:
     """Write keys and values [T, H_kv, D] into the slots int64 [T] of the cache."""
     if keys.device.type == "cpu":

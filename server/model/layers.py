@@ -61,7 +61,7 @@ class RmsNorm:
     epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return dispatch.rms_norm(x, self.weight, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rotation:
 
     def __call__(self, heads: Tensor) -> Tensor:
         """Rotate heads [T, H, D]: element i of a head pairs with element i + D / 2."""
-        swapped = torch.cat(heads.chunk(2, dim=-1)[::-1], dim=-1)
+        swapped = torch.roll(heads, heads.shape[-1] // 2, dims=-1)
         return torch.addcmul(heads * self.cosines, swapped, self.signed_sines)
 
 

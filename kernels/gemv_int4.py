@@ -11,9 +11,7 @@ from kernels.int4_operands import LinearOperands, check_linear
 from kernels.int4_tile import BLOCK, multiply_blocks, store_tile
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
-from kernels.tiles import few_rows_tile, num_splits
-
-SUM_COLUMNS = 512
+from kernels.tiles import COPY_WARPS, SUM_COLUMNS, few_rows_tile, num_splits
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -140,6 +138,6 @@ def _sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, operands: Linear
         operands.num_columns,
         len(parts),
         TILE_COLUMNS=SUM_COLUMNS,
-        num_warps=4,
+        num_warps=COPY_WARPS,
         enable_fp_fusion=FUSE_FLOATS,
     )

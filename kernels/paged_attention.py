@@ -16,10 +16,7 @@ from kernels.attention_operands import AttentionOperands, check_attention, check
 from kernels.attention_span import above, attend_span
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.paged_batch import AttentionBatch, PagedLayer
-from kernels.tiles import DECODE_TILE, PREFILL_TILE, SPAN_TOKENS
-
-# the tensor cores multiply at least this many elements at a time
-MIN_TILE_WIDTH = 16
+from kernels.tiles import COPY_WARPS, DECODE_TILE, MERGE_WARPS, PREFILL_TILE, SPAN_TOKENS, head_tile, row_tile
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_spans", "sliding_window"])
@@ -255,7 +252,6 @@ def _decode(operands: AttentionOperands, out: Tensor) -> None:
     num_spans = triton.cdiv(batch.max_context_len, SPAN_TOKENS)
     totals = torch.empty((num_sequences, num_heads, num_spans, width), dtype=torch.float32, device=query.device)
     stats = torch.empty((num_sequences, num_heads, num_spans, 2), dtype=torch.float32, device=query.device)
-    tile_width = max(triton.next_power_of_2(width), MIN_TILE_WIDTH)
     decode_kernel[(num_spans, layer.keys.shape[1], num_sequences)](
         query,
         layer.keys,
@@ -276,8 +272,8 @@ def _decode(operands: AttentionOperands, out: Tensor) -> None:
         SPAN=SPAN_TOKENS,
         BLOCK_SIZE=layer.block_size,
         HEAD_WIDTH=width,
-        TILE_WIDTH=tile_width,
-        TILE_ROWS=max(DECODE_TILE.num_rows, triton.next_power_of_2(operands.group)),
+        TILE_WIDTH=head_tile(width),
+        TILE_ROWS=row_tile(DECODE_TILE, operands.group),
         TILE_KEYS=DECODE_TILE.num_keys,
         INTERPRETED=IS_INTERPRETED,
         num_warps=DECODE_TILE.num_warps,
@@ -295,8 +291,8 @@ def _decode(operands: AttentionOperands, out: Tensor) -> None:
         operands.sliding_window,
         SPAN=SPAN_TOKENS,
         HEAD_WIDTH=width,
-        TILE_WIDTH=tile_width,
-        num_warps=1,
+        TILE_WIDTH=head_tile(width),
+        num_warps=MERGE_WARPS,
         enable_fp_fusion=FUSE_FLOATS,
     )
 
@@ -304,7 +300,7 @@ def _decode(operands: AttentionOperands, out: Tensor) -> None:
 def _prefill(operands: AttentionOperands, out: Tensor) -> None:
     query, layer, batch = operands.query, operands.layer, operands.batch
     width = query.shape[2]
-    tile_rows = max(PREFILL_TILE.num_rows, triton.next_power_of_2(operands.group))
+    tile_rows = row_tile(PREFILL_TILE, operands.group)
     num_tiles = triton.cdiv(batch.max_query_len, tile_rows // operands.group)
     prefill_kernel[(num_tiles, layer.keys.shape[1], len(batch.context_lens))](
         query,
@@ -323,7 +319,7 @@ def _prefill(operands: AttentionOperands, out: Tensor) -> None:
         GROUP=operands.group,
         BLOCK_SIZE=layer.block_size,
         HEAD_WIDTH=width,
-        TILE_WIDTH=max(triton.next_power_of_2(width), MIN_TILE_WIDTH),
+        TILE_WIDTH=head_tile(width),
         TILE_ROWS=tile_rows,
         TILE_KEYS=PREFILL_TILE.num_keys,
         INTERPRETED=IS_INTERPRETED,
@@ -352,7 +348,7 @@ def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, slot_mapping: Tens
         BLOCK_SIZE=layer.block_size,
         HEAD_WIDTH=width,
         TILE_HEADS=triton.next_power_of_2(num_heads),
-        TILE_WIDTH=triton.next_power_of_2(width),
-        num_warps=4,
+        TILE_WIDTH=head_tile(width),
+        num_warps=COPY_WARPS,
         enable_fp_fusion=FUSE_FLOATS,
     )

@@ -83,6 +83,14 @@ PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2
 # cached tokens that one decode program reads; fixed, so that a sequence's sum never depends on its neighbours
 SPAN_TOKENS = 512
 
+# columns that one program of the ordered sum over splits adds
+SUM_COLUMNS = 512
+# warps of the programs that only copy or add, and of those that merge one head
+COPY_WARPS = 4
+MERGE_WARPS = 1
+# the tensor cores multiply at least this many elements at a time: narrower heads are padded to it
+MIN_HEAD_TILE = 16
+
 # fewer blocks than this in a split and the pipeline is filling and draining all the time
 MIN_BLOCKS_PER_SPLIT = 4
 
@@ -107,6 +115,16 @@ def few_rows_tile(arch: int, num_rows: int) -> LinearTile:
     raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
 
 
+def head_tile(width: int) -> int:
+    """The power of two that a head of this width is padded to."""
+    return max(_next_power_of_two(width), MIN_HEAD_TILE)
+
+
+def row_tile(tile: AttentionTile, group: int) -> int:
+    """Rows of an attention tile: its own, or as many as hold one token of a larger group of query heads."""
+    return max(tile.num_rows, _next_power_of_two(group))
+
+
 def num_splits(arch: int, num_columns: int, num_inputs: int) -> int:
     """How many parts K is cut into, a power of two: enough programs for two on every processor, if K is long enough.
 
@@ -120,3 +138,7 @@ def num_splits(arch: int, num_columns: int, num_inputs: int) -> int:
             break
         splits *= 2
     return splits
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

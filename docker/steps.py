@@ -91,7 +91,7 @@ def try_entry_point(instructions: Sequence[Instruction], venv: Path, scratch: Pa
     tries = [
         [str(venv / "bin" / words[0]), *words[1:], "--help"],
         [str(venv / "bin" / "python"), "-m", "quant", "quantize", "--help"],
-        [str(venv / "bin" / "python"), "-m", "pip", "check"],
+        [str(venv / "bin" / "python"), "-c", "from server.demo import find_demo_gguf; find_demo_gguf()"],
     ]
     for words in tries:
         say(shlex.join(words))

@@ -88,7 +88,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             num_calibration_tokens=tokens.calibration.numel(),
             layers=numbers.layers,
             blocks=numbers.blocks,
-            perplexity=HeldOutPerplexity(tokens.held_out.numel(), original, _held_out_perplexity(job, tokens)),
+            perplexity=_compare(tokens, original, _held_out_perplexity(job, tokens)),
             bits_per_weight=bits_per_weight(plan.grouping),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -177,15 +177,21 @@ def _write_plain_tensors(job: Job) -> None:
         parameter.copy_(stored)
 
 
-def _held_out_perplexity(job: Job, tokens: CalibrationTokens) -> float:
-    """exp of the mean negative log likelihood of each next token of the held-out rows."""
+def _held_out_perplexity(job: Job, tokens: CalibrationTokens) -> float | None:
+    """exp of the mean negative log likelihood of each next token of the held-out rows; None without such rows."""
     rows = tokens.held_out
-    total = 0.0
+    losses = []
     for index, row in enumerate(rows):
         logits = job.model(row[None], use_cache=False).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, row[1:]))
+        losses.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
         job.meter.report("evaluate", index + 1, len(rows))
-    return math.exp(total / len(rows))
+    return math.exp(sum(losses) / len(losses)) if losses else None
+
+
+def _compare(tokens: CalibrationTokens, original: float | None, quantized: float | None) -> HeldOutPerplexity | None:
+    if original is None or quantized is None:
+        return None
+    return HeldOutPerplexity(tokens.held_out.numel(), original, quantized)
 
 
 def _quantized_modules(model: PreTrainedModel, plan: BlockPlan) -> list[str]:

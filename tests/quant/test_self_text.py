@@ -1,0 +1,60 @@
+"""The text that the model writes itself: the same seed gives the same tokens, and prompts open its rows."""
+
+from pathlib import Path
+
+import torch
+
+from quant.self_text import write_text
+from quant.source import SourceModel, open_source
+from tests.tiny_models import IM_END_ID, IM_START_ID, save_tiny_model
+
+
+def open_tiny(directory: Path) -> SourceModel:
+    return open_source(save_tiny_model("llama", directory))
+
+
+def ignore_step(done: int, total: int) -> None:
+    pass
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(tmp_path: Path) -> None:
+    source = open_tiny(tmp_path)
+    first, again, other = (
+        write_text(source.model, source.tokenizer, (3, 90), seed, ignore_step) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_every_other_row_opens_with_a_prompt_in_the_chat_template(tmp_path: Path) -> None:
+    source = open_tiny(tmp_path)
+    rows = write_text(source.model, source.tokenizer, (2, 80), 0, ignore_step)
+    opening = source.tokenizer.decode(rows[0])
+    assert opening.startswith("<|im_start|>user\nWrite an encyclopedia article about a river.<|im_end|>")
+    assert int(rows[0, 0]) == IM_START_ID
+    assert int(rows[1, 0]) == source.config.bos_token_id
+
+
+def test_a_row_that_ended_goes_on_with_the_next_prompt(tmp_path: Path) -> None:
+    source = open_tiny(tmp_path)
+    with torch.no_grad():
+        # a head that can say nothing but the end token
+        source.model.get_submodule("model.norm").get_parameter("weight").zero_()
+    source.model.config.eos_token_id = list(range(source.config.vocab_size))
+    rows = write_text(source.model, source.tokenizer, (1, 200), 0, ignore_step)
+    assert source.tokenizer.decode(rows[0]).count("<|im_start|>user\n") > 1
+    assert IM_END_ID in rows[0]
+
+
+def test_a_model_without_a_chat_template_writes_from_its_first_token(tmp_path: Path) -> None:
+    source = open_tiny(tmp_path)
+    source.tokenizer.chat_template = None
+    rows = write_text(source.model, source.tokenizer, (2, 8), 0, ignore_step)
+    assert rows.shape == (2, 8)
+    assert rows[:, 0].tolist() == [source.config.bos_token_id] * 2
+
+
+def test_every_step_is_told(tmp_path: Path) -> None:
+    source, steps = open_tiny(tmp_path), []
+    write_text(source.model, source.tokenizer, (1, 3), 0, lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]

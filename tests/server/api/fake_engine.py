@@ -34,7 +34,7 @@ class FakeEngineClient:
         self.gate.set()
         self.fail_after: int | None = None
         self.tokens_per_event = 1
-        self._script = script
+        self.script = script
         self._model = model
         self._capacity = capacity
         self._status = EngineStatus("loading", "loading layer 3 of 30", None, None)
@@ -80,7 +80,7 @@ class FakeEngineClient:
 
     def _events(self, request: GenerationRequest) -> list[TokenEvent]:
         sampling = request.sampling
-        tokens = list(self._script(request))[: sampling.max_tokens]
+        tokens = list(self.script(request))[: sampling.max_tokens]
         reason = FinishReason.LENGTH
         for position, token_id in enumerate(tokens):
             if token_id in sampling.stop_token_ids and position >= sampling.min_tokens:

@@ -1,0 +1,96 @@
+"""The whole application around a fake engine: in process, and on a real socket."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from server.api.services import ServedModel
+from server.app import create_app
+from server.engine.request import ModelInfo
+from server.jobs.store import JobStore
+from server.settings import load_settings
+from server.text.tokenizer import Tokenizer
+from tests.server.api.fake_engine import FakeEngineClient
+from tests.tiny_models import IM_END_ID, VOCAB_SIZE, save_tiny_model
+
+MODEL_NAME = "tiny"
+MAX_MODEL_LEN = 256
+ANSWER = "Hello wörld, 5 € for 🙂! Stop here. And on."
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_directory: Path) -> Tokenizer:
+    """One token a byte, so that characters span tokens."""
+    return Tokenizer.load(tiny_directory)
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> FakeEngineClient:
+    """Says ANSWER to everything, then ends the text."""
+    model = ModelInfo("/models/tiny", MAX_MODEL_LEN, VOCAB_SIZE, (IM_END_ID,), "cpu", "float32", 100, 16)
+    answer = [*tokenizer.encode(ANSWER, add_special_tokens=False), IM_END_ID]
+    return FakeEngineClient(lambda _request: answer, model, capacity=8)
+
+
+@dataclass(frozen=True)
+class AppFactory:
+    """Builds the application with other settings than the defaults."""
+
+    engine: FakeEngineClient
+    tokenizer: Tokenizer
+    data_dir: Path
+    stores: list[JobStore] = field(default_factory=list)
+
+    def __call__(self, **settings: object) -> FastAPI:
+        store = JobStore(self.data_dir / f"jobs-{len(self.stores)}.sqlite")
+        self.stores.append(store)
+        served = ServedModel(MODEL_NAME, "/models/tiny", 1_700_000_000)
+        return create_app(
+            load_settings({"data_dir": self.data_dir, **settings}), served, self.engine, self.tokenizer, store
+        )
+
+
+@pytest.fixture
+def make_app(engine: FakeEngineClient, tokenizer: Tokenizer, tmp_path: Path) -> AppFactory:
+    return AppFactory(engine, tokenizer, tmp_path)
+
+
+@pytest.fixture
+def client(make_app: AppFactory) -> Iterator[TestClient]:
+    """The started application; an error that nobody expected is an answer with status 500, as in the real server."""
+    with TestClient(make_app(), raise_server_exceptions=False) as started:
+        yield started
+
+
+@pytest.fixture
+def live_url(make_app: AppFactory) -> Iterator[str]:
+    """The application on a free port, run by uvicorn in a thread, for what needs a socket."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(make_app(), log_config=None, timeout_graceful_shutdown=5))
+    started = threading.Event()
+    original: Callable[..., object] = server.startup
+
+    async def startup(sockets: list[socket.socket] | None = None) -> None:
+        await original(sockets)  # type: ignore[misc]
+        started.set()
+
+    server.startup = startup  # type: ignore[method-assign, assignment]
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
+    thread.start()
+    assert started.wait(30)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=30)
+    assert not thread.is_alive()

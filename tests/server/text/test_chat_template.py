@@ -1,13 +1,11 @@
 """Chats become the text that transformers' own renderer makes of them; templates cannot do harm."""
 
-from pathlib import Path
-
 import pytest
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from server.errors import InvalidRequest
 from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer, TokenizerError
+from server.text.tokenizer import TokenizerError
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -15,9 +13,16 @@ CHAT = [
     {"role": "assistant", "content": "hi"},
     {"role": "user", "content": "again"},
 ]
-SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL_TOKENS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # each uses one thing that models' templates use, with what transformers gives for it
 SOURCES = [
+    SMOLLM2,
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
     "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}|{% endfor %}",
     "{% for m in messages %}{{ m | tojson }}\n{% endfor %}",
@@ -30,19 +35,11 @@ SOURCES = [
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_chat_reads_as_transformers_renders_it(demo_directory: Path, source: str) -> None:
-    reference = AutoTokenizer.from_pretrained(demo_directory, **SPECIAL_TOKENS)
-    expected = reference.apply_chat_template(CHAT, chat_template=source, tokenize=False, add_generation_prompt=True)
-    assert ChatTemplate(source, SPECIAL_TOKENS).render(CHAT) == expected
-
-
-def test_the_demo_models_template_reads_as_transformers_renders_it(demo_directory: Path) -> None:
-    tokenizer = Tokenizer.load(demo_directory)
-    assert tokenizer.chat_template is not None
-    expected = AutoTokenizer.from_pretrained(demo_directory).apply_chat_template(
-        CHAT, tokenize=False, add_generation_prompt=True
+def test_a_chat_reads_as_transformers_renders_it(merged_reference: PreTrainedTokenizerFast, source: str) -> None:
+    expected = merged_reference.apply_chat_template(
+        CHAT, chat_template=source, tokenize=False, add_generation_prompt=True
     )
-    assert ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens).render(CHAT) == expected
+    assert ChatTemplate(source, SPECIAL_TOKENS).render(CHAT) == expected
 
 
 def test_what_a_template_refuses_is_told_in_its_words() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
 from tokenizers.models import BPE
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from server.text.tokenizer import Tokenizer, TokenizerError
 
@@ -18,22 +18,23 @@ TEXTS = ["", "Hello world", "  two  spaces\n\ttab", "naïve café €5 🙂 日�
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_those_of_transformers(demo_directory: Path, demo_tokenizer: Tokenizer, text: str) -> None:
-    reference = AutoTokenizer.from_pretrained(demo_directory)
-    assert demo_tokenizer.encode(text, add_special_tokens=True) == reference(text)["input_ids"]
+def test_ids_are_those_of_transformers(
+    merged_reference: PreTrainedTokenizerFast, merged_tokenizer: Tokenizer, text: str
+) -> None:
+    assert merged_tokenizer.encode(text, add_special_tokens=True) == merged_reference(text)["input_ids"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_gives_the_text_back(demo_tokenizer: Tokenizer, text: str) -> None:
-    token_ids = demo_tokenizer.encode(text, add_special_tokens=False)
-    assert demo_tokenizer.decode(token_ids, skip_special_tokens=False) == text
+def test_decoding_gives_the_text_back(merged_tokenizer: Tokenizer, text: str) -> None:
+    token_ids = merged_tokenizer.encode(text, add_special_tokens=False)
+    assert merged_tokenizer.decode(token_ids, skip_special_tokens=False) == text
 
 
 @given(text=st.text())
 @settings(deadline=None, max_examples=50)
-def test_the_bytes_of_the_tokens_join_to_the_text(demo_tokenizer: Tokenizer, text: str) -> None:
-    token_ids = demo_tokenizer.encode(text, add_special_tokens=False)
-    assert b"".join(map(demo_tokenizer.token_bytes, token_ids)) == text.encode()
+def test_the_bytes_of_the_tokens_join_to_the_text(merged_tokenizer: Tokenizer, text: str) -> None:
+    token_ids = merged_tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(merged_tokenizer.token_bytes, token_ids)) == text.encode()
 
 
 def test_a_part_of_a_character_is_written_as_its_bytes(tiny_tokenizer: Tokenizer) -> None:

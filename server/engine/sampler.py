@@ -26,7 +26,9 @@ def sample(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> tuple[SampledToken
     chosen, peaks = row_argmax(edited)
     is_finite = peaks.isfinite()
     random_rows = [index for index, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE]
-    if random_rows:
+    if len(random_rows) == len(rows):
+        chosen = _draw_rows(edited, rows)
+    elif random_rows:
         chosen[random_rows] = _draw_rows(edited[random_rows], [rows[index] for index in random_rows])
     # the one point where the host waits for the device
     drawn = torch.stack((chosen, is_finite.long())).tolist()

@@ -72,9 +72,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that blocks and queues agree with the sequences."""
-        self._pool.check_integrity(sequence.blocks for sequence in self._sequences.values())
-        queued = [sequence.request_id for sequence in (*self._waiting, *self._running)]
-        assert sorted(queued) == sorted(self._sequences), "a sequence is in no queue, or in two"
+        self._pool.check_integrity(sequence.blocks for sequence in self._sequences.values() if sequence.blocks)
+        queued = [*self._waiting, *self._running]
+        assert len(queued) == len(self._sequences), "a sequence is in no queue, or in two"
+        assert set(queued) == set(self._sequences.values()), "a queue holds a sequence that has ended"
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request that is known to fit the cache when it runs alone."""

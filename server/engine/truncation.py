@@ -4,6 +4,7 @@ A threshold keeps every token that ties with the last one kept, so the result de
 Legend: S = rows, V = vocabulary, C = candidates, the likeliest tokens of a row in descending order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from server.engine.request import SamplingParams
 
 # the nucleus of a language model is nearly always among the first few; sorting a whole vocabulary is slow on a CPU
 _CPU_CANDIDATES = (128, 2048)
+_SORTED_BLOCK = 32
 
 
 def truncate(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -28,7 +30,8 @@ def truncate(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         factors = torch.tensor([params[index].min_p for index in floored], device=probs_SV.device)
         thresholds[floored] = factors * probs_SV[floored].amax(dim=-1)
     if ranked:
-        rank_thresholds = _rank_thresholds(probs_SV[ranked], [params[index] for index in ranked])
+        ranked_probs = probs_SV if len(ranked) == len(params) else probs_SV[ranked]
+        rank_thresholds = _rank_thresholds(ranked_probs, [params[index] for index in ranked])
         thresholds[ranked] = torch.maximum(thresholds[ranked], rank_thresholds)
     return torch.where(probs_SV >= thresholds[:, None], probs_SV, 0.0)
 
@@ -44,7 +47,7 @@ def _rank_thresholds(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tens
     thresholds = torch.empty(num_rows)
     left = torch.arange(num_rows)
     for num_candidates in (*(size for size in _CPU_CANDIDATES if size < vocab_size), vocab_size):
-        candidates = probs_SV[left].topk(num_candidates, dim=-1).values
+        candidates = _largest(probs_SV if len(left) == num_rows else probs_SV[left], num_candidates)
         found = _thresholds_among(candidates, top_k[left], top_p[left])
         # mass that top-k excludes is known once all of top-k is seen; without top-k the whole row's is 1
         is_settled = found.saw_all_of_top_k | ((top_k[left] == vocab_size) & found.reached_top_p)
@@ -53,6 +56,19 @@ def _rank_thresholds(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tens
         if len(left) == 0:
             break
     return thresholds
+
+
+def _largest(probs_SV: Tensor, num_candidates: int) -> Tensor:
+    """Each row's largest elements in descending order, float32 [S, num_candidates].
+
+    They lie in the num_candidates blocks with the largest maxima, so the others need no sorting.
+    """
+    block = math.gcd(probs_SV.shape[1], _SORTED_BLOCK)
+    if num_candidates * block < probs_SV.shape[1]:
+        blocks = probs_SV.view(len(probs_SV), -1, block)
+        index = blocks.amax(dim=-1).topk(num_candidates, dim=-1, sorted=False).indices
+        probs_SV = blocks.gather(1, index[:, :, None].expand(-1, -1, block)).flatten(1)
+    return probs_SV.topk(num_candidates, dim=-1).values
 
 
 @dataclass(frozen=True)

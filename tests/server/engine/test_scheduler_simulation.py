@@ -93,7 +93,7 @@ def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
 ) -> None:
     rng = random.Random(seed)
     engine = simulation(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, budget=budget)
-    arrivals = [random_request(rng, f"r{index}") for index in range(500)]
+    arrivals = [random_request(rng, f"r{index}") for index in range(350)]
     aborted: set[str] = set()
     pending = list(reversed(arrivals))
     while pending or engine.loop.has_work:
@@ -140,17 +140,20 @@ def test_the_tiny_caches_do_preempt() -> None:
     assert all(engine.output(f"r{index}") == expected_output(request("", 3, 50)) for index in range(8))
 
 
-def test_a_sequence_preempted_to_the_bound_is_spared_while_others_run() -> None:
+def test_a_sequence_preempted_to_the_bound_is_spared_while_others_can_yield() -> None:
     engine = simulation(num_blocks=16, max_num_seqs=4)
     for index in range(12):
         engine.loop.submit(request(f"r{index}", num_prompt=2 + index, max_tokens=45))
-    most = 0
+    reached_the_bound = False
     while engine.loop.has_work:
+        running = list(engine.scheduler._running)
+        before = {sequence: sequence.num_preemptions for sequence in running}
         engine.loop.step()
-        counts = [sequence.num_preemptions for sequence in engine.scheduler._sequences.values()]
-        most = max([most, *counts])
-    # one beyond the bound happens only when every running sequence has reached it
-    assert PREEMPTION_BOUND <= most <= PREEMPTION_BOUND + 2
+        for victim in (sequence for sequence in running if sequence.num_preemptions > before[sequence]):
+            reached_the_bound |= victim.num_preemptions == PREEMPTION_BOUND
+            if before[victim] >= PREEMPTION_BOUND:
+                assert all(other.num_preemptions >= PREEMPTION_BOUND for other in engine.scheduler._running)
+    assert reached_the_bound
 
 
 def test_requests_start_in_the_order_they_came() -> None:
@@ -179,12 +182,18 @@ def test_nobody_new_is_admitted_in_a_step_that_preempts() -> None:
     engine = simulation(num_blocks=15, max_num_seqs=4)
     for index in range(4):
         engine.loop.submit(request(f"r{index}", num_prompt=10, max_tokens=40))
-    while engine.scheduler.stats().num_preemptions == 0:
+    num_steps_that_preempt = 0
+    while engine.loop.has_work:
+        num_preemptions = engine.scheduler.stats().num_preemptions
+        # given somebody new who would fit anywhere
+        newcomer = f"late {num_preemptions} {len(engine.started)}"
+        engine.loop.submit(request(newcomer, num_prompt=1, max_tokens=1))
         engine.loop.step()
-    engine.loop.submit(request("late", num_prompt=1, max_tokens=1))
-    assert "late" not in engine.started
-    engine.run_to_end()
-    assert engine.output("late") == expected_output(request("", 1, 1))
+        if engine.scheduler.stats().num_preemptions > num_preemptions:
+            num_steps_that_preempt += 1
+            assert newcomer not in engine.started
+        engine.loop.abort(newcomer)
+    assert num_steps_that_preempt > 0
 
 
 def test_an_abort_returns_the_blocks_before_the_next_step() -> None:
@@ -195,6 +204,7 @@ def test_an_abort_returns_the_blocks_before_the_next_step() -> None:
     engine.loop.submit(request("dropped", num_prompt=17))
     engine.loop.step()
     engine.loop.abort("dropped")
+    # the other one may have grown by a block in between
     assert engine.pool.num_free >= free - 1
     assert engine.finish_reasons("dropped") == [FinishReason.ABORTED]
     engine.run_to_end()

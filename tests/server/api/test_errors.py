@@ -1,0 +1,112 @@
+"""Errors that are not about the body: unknown routes and models, a full queue, an engine that is not there or dies."""
+
+import json
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.server.api.fake_engine import FakeEngineClient
+
+BODY = {"prompt": "ab", "max_tokens": 50}
+
+
+def assert_is_openais(error: dict[str, object], *, code: str | None) -> None:
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+
+
+def test_an_unknown_route_is_not_found(client: TestClient) -> None:
+    response = client.get("/v1/nothing")
+    assert response.status_code == 404
+    assert_is_openais(response.json()["error"], code=None)
+    assert "/v1/nothing" in response.json()["error"]["message"]
+
+
+def test_a_wrong_method_is_told(client: TestClient) -> None:
+    response = client.get("/v1/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert "GET" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_unknown_model_is_not_found(client: TestClient, path: str) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    response = client.post(path, json={"prompt": "a", "messages": messages, "model": "gpt-9"})
+    assert response.status_code == 404
+    assert_is_openais(response.json()["error"], code="model_not_found")
+    assert "'tiny'" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_429_with_a_time_to_retry(client: TestClient, engine: FakeEngineClient, stream: bool) -> None:
+    # given as many requests under way as the engine takes
+    engine.open.update(f"other-{number}" for number in range(8))
+    response = client.post("/v1/completions", json={**BODY, "stream": stream})
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert_is_openais(response.json()["error"], code="queue_full")
+    assert response.json()["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("state", ["loading", "restarting", "draining", "failed"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_is_not_ready_is_503_with_a_time_to_retry(
+    client: TestClient, engine: FakeEngineClient, state: str, stream: bool
+) -> None:
+    engine.set_state(state, "layer 3 of 30")
+    response = client.post("/v1/completions", json={**BODY, "stream": stream})
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert "layer 3 of 30" in response.json()["error"]["message"]
+    assert state in response.json()["error"]["message"]
+
+
+def test_a_generation_that_fails_is_500_with_the_reason(client: TestClient, engine: FakeEngineClient) -> None:
+    engine.fail_after = 3
+    response = client.post("/v1/completions", json=BODY)
+    assert response.status_code == 500
+    assert_is_openais(response.json()["error"], code="generation_failed")
+    assert "it died" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_that_fails_says_so_and_ends_in_order(client: TestClient, engine: FakeEngineClient, path: str) -> None:
+    engine.fail_after = 3
+    messages = [{"role": "user", "content": "a"}]
+    response = client.post(path, json={"prompt": "a", "messages": messages, "stream": True, "n": 2})
+    assert response.status_code == 200
+    *_, failure, done, rest = response.text.split("\n\n")
+    assert_is_openais(json.loads(failure.removeprefix("data: "))["error"], code="generation_failed")
+    assert (done, rest) == ("data: [DONE]", "")
+    # and the other choice is given up
+    assert not engine.open
+
+
+def test_a_stream_that_fails_before_its_first_token_has_a_status_of_its_own(
+    client: TestClient, engine: FakeEngineClient
+) -> None:
+    engine.fail_after = 0
+    assert client.post("/v1/completions", json={**BODY, "stream": True}).status_code == 500
+
+
+def test_errors_are_counted_by_code(client: TestClient) -> None:
+    client.get("/nothing")
+    client.post("/v1/completions", json={})
+    client.post("/v1/completions", json={})
+    metrics = client.get("/metrics").text
+    assert 'awq_serve_http_errors_total{code="404"} 1.0' in metrics
+    assert 'awq_serve_http_errors_total{code="400"} 2.0' in metrics
+
+
+def test_an_error_that_nobody_expected_tells_nothing_of_the_inside(
+    client: TestClient, engine: FakeEngineClient
+) -> None:
+    def broken(_request: object) -> list[int]:
+        raise ZeroDivisionError("secret")
+
+    engine.script = broken
+    response = client.post("/v1/completions", json=BODY)
+    assert response.status_code == 500
+    assert_is_openais(response.json()["error"], code=None)
+    assert "secret" not in response.text

@@ -1,0 +1,78 @@
+"""Bodies are bounded before they are read into memory, and their nesting before they are parsed."""
+
+import json
+from collections.abc import Iterator
+
+import orjson
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.limits import MAX_JSON_DEPTH, check_json_depth
+from server.errors import InvalidRequest
+from tests.server.api.conftest import AppFactory
+
+MAX_BODY_BYTES = 2048
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('ab"\\[]{}'),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"\\[{'), inner, max_size=3),
+)
+
+
+@pytest.fixture
+def small(make_app: AppFactory) -> Iterator[TestClient]:
+    with TestClient(make_app(max_body_bytes=MAX_BODY_BYTES)) as started:
+        yield started
+
+
+def test_a_body_that_says_it_is_too_large_is_413(small: TestClient) -> None:
+    response = small.post("/v1/completions", content=b"x" * (MAX_BODY_BYTES + 1))
+    assert response.status_code == 413
+    assert response.headers["connection"] == "close"
+    assert str(MAX_BODY_BYTES) in response.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_413_as_soon_as_it_is_too_large(small: TestClient) -> None:
+    num_sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal num_sent
+        while num_sent < 1000:
+            num_sent += 1
+            yield b"x" * 512
+
+    response = small.post("/v1/completions", content=endless())
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_largest_body_is_taken(small: TestClient) -> None:
+    body = json.dumps({"prompt": "a", "user": ""})
+    body = json.dumps({"prompt": "a", "user": "u" * (MAX_BODY_BYTES - len(body))})
+    assert len(body) == MAX_BODY_BYTES
+    assert small.post("/v1/completions", content=body).status_code == 200
+
+
+def depth_of(value: object) -> int:
+    if isinstance(value, dict):
+        return 1 + max(map(depth_of, value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max(map(depth_of, value), default=0)
+    return 0
+
+
+@given(value=values, wrapping=st.integers(0, MAX_JSON_DEPTH + 5))
+def test_nesting_is_counted_outside_of_strings(value: object, wrapping: int) -> None:
+    body = b"[" * wrapping + orjson.dumps(value) + b"]" * wrapping
+    if wrapping + depth_of(value) <= MAX_JSON_DEPTH:
+        check_json_depth(body)
+    else:
+        with pytest.raises(InvalidRequest, match=str(MAX_JSON_DEPTH)):
+            check_json_depth(body)
+
+
+@pytest.mark.parametrize("body", [b'"', b'"\\', b'{"a": "\\"[[[', b"]]]]", b'\\"' * 50_000, b'"' * 99_999])
+def test_broken_json_is_left_to_the_parser(body: bytes) -> None:
+    check_json_depth(body)

@@ -52,7 +52,7 @@ _SERVER_TILES = {
     8: LinearTile(num_rows=8, num_columns=128, num_warps=4, num_stages=4),
     16: LinearTile(num_rows=16, num_columns=128, num_warps=4, num_stages=4),
     32: LinearTile(num_rows=32, num_columns=128, num_warps=4, num_stages=4),
-    64: LinearTile(num_rows=64, num_columns=128, num_warps=4, num_stages=3),
+    64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
 }
 _DESKTOP_TILES = {
     8: LinearTile(num_rows=8, num_columns=64, num_warps=4, num_stages=4),
@@ -69,17 +69,18 @@ FEW_ROWS_TILES = {
     100: _SERVER_TILES,
     120: _DESKTOP_TILES,
 }
+# two stages where the third makes the compiler spill registers
 MANY_ROWS_TILES = {
-    80: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
-    86: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
-    89: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    80: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
+    86: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
+    89: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
     90: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
     100: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
-    120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
 }
 
 DECODE_TILE = AttentionTile(num_rows=16, num_keys=64, num_warps=4, num_stages=2)
-PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2)
+PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=8, num_stages=2)
 # cached tokens that one decode program reads; fixed, so that a sequence's sum never depends on its neighbours
 SPAN_TOKENS = 512
 

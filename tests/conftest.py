@@ -1,10 +1,15 @@
 """Rules for the whole suite: what needs a GPU is skipped with the reason, and the demo model is found once."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# without a GPU the Triton kernels run interpreted; said before anything imports triton, which transformers does
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

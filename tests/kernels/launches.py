@@ -1,0 +1,43 @@
+"""Where the Triton tests put their tensors, and memory that shows when it is read before it is written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.launch import IS_INTERPRETED
+from kernels.layout import PackedWeight, repack_planar
+
+DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
+HALF_TYPES = [torch.float16, torch.bfloat16]
+# one unit in the last place: our sum and the reference's may fall on two sides of a rounding border
+LAST_PLACE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def planar_on_device(weight: PackedWeight) -> PackedWeight:
+    """The ROW_MAJOR weight as the kernels read it, where they read it."""
+    planar = repack_planar(weight)
+    return PackedWeight(
+        codes=planar.codes.to(DEVICE),
+        scales=planar.scales.to(DEVICE),
+        zeros=planar.zeros.to(DEVICE),
+        shape=planar.shape,
+        bits=planar.bits,
+        group_size=planar.group_size,
+        layout=planar.layout,
+    )
+
+
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Within, `torch.empty` gives NaN, so that a kernel that leaves or reads an unwritten place is found out."""
+    empty = torch.empty
+
+    def empty_with_nan(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return empty(size, dtype=dtype, device=device).fill_(float("nan"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", empty_with_nan)
+        yield

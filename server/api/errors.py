@@ -48,6 +48,8 @@ def invalid_request_from(error: ValidationError | RequestValidationError) -> Inv
     path = ".".join(str(part) for part in location)
     if detail["type"] == "missing":
         return InvalidRequest(f"{path} is required", param=param)
+    if detail["type"] == "extra_forbidden":
+        return InvalidRequest(f"{path} is no field that this route knows", param=param)
     wish = message.replace("Input should", "should").removesuffix(".")
     return InvalidRequest(f"{path} {wish}, and it is {describe(detail.get('input'))}", param=param)
 

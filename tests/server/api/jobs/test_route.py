@@ -195,7 +195,7 @@ def test_absolute_paths_and_hub_names_are_models_too(places: JobPlaces, tmp_path
         ('{"model": "succeed", "output": ".hidden"}', "output", "one plain directory name"),
         ('{"model": "succeed", "calib": "/etc/passwd"}', "calib", "neither"),
         ('{"model": "succeed", "calib_samples": 0}', "calib_samples", "greater than or equal to 1"),
-        ('{"model": "succeed", "group_sise": 64}', "group_sise", "group_sise"),
+        ('{"model": "succeed", "group_sise": 64}', "group_sise", "group_sise is no field that this route knows"),
         ('["succeed"]', None, "object"),
         ("{model: succeed}", None, "JSON"),
         ("", None, "empty"),

@@ -101,7 +101,10 @@ def read_model_config(directory: Path) -> ModelConfig:
 
     Raises CheckpointError when a file is missing or broken, or a value is out of range.
     """
-    config = ModelConfig.from_dict(read_json_object(directory / CONFIG_FILE))
+    config_file = directory / CONFIG_FILE
+    if not config_file.is_file():
+        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; a model directory must have one")
+    config = ModelConfig.from_dict(read_json_object(config_file))
     generation_file = directory / GENERATION_CONFIG_FILE
     if not generation_file.is_file():
         return config
@@ -140,7 +143,7 @@ def _read_rope(fields: ConfigFields, max_position_embeddings: int) -> RopeConfig
     scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or ConfigFields({}, CONFIG_FILE)
     theta_owner = scaling if "rope_theta" in scaling.values else fields
     theta = theta_owner.positive_float("rope_theta", default=DEFAULT_ROPE_THETA)
-    if fields.positive_float("partial_rotary_factor", default=1.0) != 1.0:
+    if any(owner.positive_float("partial_rotary_factor", default=1.0) != 1.0 for owner in (fields, scaling)):
         raise CheckpointError(f"{CONFIG_FILE}: partial_rotary_factor is not supported; it must be 1")
     # the oldest spelling of rope_type is type
     kind = scaling.string("rope_type", default=scaling.string("type", default="default"))
@@ -176,7 +179,7 @@ def _read_windows(window: Window, fields: ConfigFields, num_layers: int) -> tupl
         return (width,) * num_layers
     layer_types = fields.values.get("layer_types")
     if layer_types is None:
-        first_windowed = fields.positive_int("max_window_layers")
+        first_windowed = fields.whole_number("max_window_layers", minimum=0)
         return tuple(width if layer >= first_windowed else None for layer in range(num_layers))
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         raise CheckpointError(f"{CONFIG_FILE}: layer_types must list {num_layers} layers, not {layer_types!r}")

@@ -14,11 +14,14 @@ class ConfigFields:
     values: Mapping[str, object]
     source: str
 
-    def positive_int(self, name: str, *, default: int | None = None) -> int:
+    def whole_number(self, name: str, *, minimum: int, default: int | None = None) -> int:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self._error(name, value, "a whole number over 0")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self._error(name, value, f"a whole number from {minimum} up")
         return value
+
+    def positive_int(self, name: str, *, default: int | None = None) -> int:
+        return self.whole_number(name, minimum=1, default=default)
 
     def positive_float(self, name: str, *, default: float | None = None) -> float:
         value = self._value(name, default)

@@ -9,13 +9,13 @@ from quant.errors import QuantError
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
-from server.engine.kv_cache import KvGeometry, allocate_layers, choose_size
+from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_size
 from server.engine.loop import EngineLoop, Publish
 from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.model.config import DTYPES
-from server.model.loader import LoadProgress, load_model
+from server.model.config import DTYPES, read_model_config
+from server.model.loader import LoadedModel, LoadProgress, load_model
 
 # what assemble_engine raises when settings, machine or checkpoint are at fault: a sentence, not a defect of ours
 SETUP_ERRORS = (EngineSetupError, QuantError, ValueError, OSError)
@@ -34,18 +34,16 @@ def assemble_engine(
     config: EngineConfig, report: Callable[[LoadProgress], None], publish: Publish
 ) -> tuple[EngineLoop, ModelInfo]:
     """Load the model and size the cache. Raises one of SETUP_ERRORS with a sentence for whoever starts the engine."""
+    # what can be refused is refused before the weights are read
+    limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
+    device = resolve_device(config)
+    directory = Path(config.model_path)
+    check_context_len(config, read_model_config(directory).max_position_embeddings)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = resolve_device(config)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    model = load_model(Path(config.model_path), device, dtype, report)
-    geometry = KvGeometry(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        dtype=model.decoder.embedding.dtype,
-        max_model_len=model.config.max_position_embeddings,
-    )
+    model = load_model(directory, device, dtype, report)
+    geometry = _geometry(model)
     size = choose_size(config, geometry, device)
     info = ModelInfo(
         model_path=config.model_path,
@@ -57,7 +55,16 @@ def assemble_engine(
         num_blocks=size.num_blocks,
         block_size=size.block_size,
     )
-    limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, size.block_size)
-    scheduler = Scheduler(limits, BlockPool(size.num_blocks))
+    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
     runner = ModelRunner(model.decoder, allocate_layers(size, geometry, device))
     return EngineLoop(scheduler, runner, info, publish), info
+
+
+def _geometry(model: LoadedModel) -> KvGeometry:
+    return KvGeometry(
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        dtype=model.decoder.embedding.dtype,
+        max_model_len=model.config.max_position_embeddings,
+    )

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """Blocks 0 .. num_blocks - 1, each free or held by its owners. Freed blocks are handed out again first."""
+    """Blocks 0 .. num_blocks - 1 of block_size tokens, each free or held by its owners. The last freed goes first."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
+        self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_owners = [0] * num_blocks
 

@@ -14,6 +14,9 @@ class EngineConfig:
     max_model_len None means what the model's config says, cut to what the KV cache can hold.
     kv_cache_bytes None: on a GPU, gpu_memory_utilization of the device less what the weights take; on a CPU, a
     quarter of the free memory, at most what max_num_seqs sequences of max_model_len need.
+    max_num_seqs: requests that run at once; max_waiting: how many more are taken in before QueueFull.
+    max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for.
+    num_threads None: as many as torch takes.
     """
 
     model_path: str

@@ -42,16 +42,20 @@ class KvCacheSize:
     max_model_len: int
 
 
+def check_context_len(config: EngineConfig, trained_len: int) -> None:
+    """Raise EngineSetupError when max_model_len is more than the context the model was trained for."""
+    if config.max_model_len is not None and config.max_model_len > trained_len:
+        raise EngineSetupError(
+            f"max_model_len is {config.max_model_len}, but the model's context is {trained_len} tokens: "
+            f"set max_model_len to at most {trained_len}"
+        )
+
+
 def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device) -> KvCacheSize:
     """How many blocks the settings and the memory left after the weights allow.
 
     Raises EngineSetupError when a sequence of max_model_len would not fit, naming the numbers that would do.
     """
-    if config.max_model_len is not None and config.max_model_len > geometry.max_model_len:
-        raise EngineSetupError(
-            f"max_model_len is {config.max_model_len}, but the model's context is {geometry.max_model_len} tokens: "
-            f"set max_model_len to at most {geometry.max_model_len}"
-        )
     block_size = config.block_size or _DEFAULT_BLOCK_SIZES[device.type]
     bytes_per_block = block_size * geometry.bytes_per_token
     wanted_len = config.max_model_len or geometry.max_model_len

@@ -22,11 +22,10 @@ PREEMPTION_BOUND = 3
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_num_batched_tokens: the budget of one step. block_size: tokens a block holds."""
+    """max_num_seqs: how many run at once. max_num_batched_tokens: the budget of one step."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    block_size: int
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -80,7 +79,7 @@ class Scheduler:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request that is known to fit the cache when it runs alone."""
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
-        sequence = Sequence(request, self._limits.block_size)
+        sequence = Sequence(request, self._pool.block_size)
         assert sequence.max_num_blocks <= self._pool.num_blocks, "the request can never fit the cache"
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)

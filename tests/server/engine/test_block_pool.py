@@ -4,7 +4,7 @@ from server.engine.block_pool import BlockPool
 
 
 def test_blocks_are_handed_out_once() -> None:
-    pool = BlockPool(5)
+    pool = BlockPool(5, 16)
     first, second = pool.allocate(2), pool.allocate(3)
     assert first is not None
     assert second is not None
@@ -13,13 +13,13 @@ def test_blocks_are_handed_out_once() -> None:
 
 
 def test_too_few_blocks_give_none_and_take_nothing() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, 16)
     assert pool.allocate(4) is None
     assert pool.num_free == 3
 
 
 def test_what_is_released_can_be_allocated_again() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, 16)
     blocks = pool.allocate(3)
     assert blocks is not None
     pool.release(blocks)
@@ -28,7 +28,7 @@ def test_what_is_released_can_be_allocated_again() -> None:
 
 
 def test_a_second_release_is_a_defect() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, 16)
     blocks = pool.allocate(1)
     assert blocks is not None
     pool.release(blocks)
@@ -37,7 +37,7 @@ def test_a_second_release_is_a_defect() -> None:
 
 
 def test_integrity_names_a_leak_and_a_double_use() -> None:
-    pool = BlockPool(4)
+    pool = BlockPool(4, 16)
     blocks = pool.allocate(2)
     assert blocks is not None
     with pytest.raises(AssertionError, match="2 blocks leaked"):

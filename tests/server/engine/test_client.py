@@ -197,6 +197,23 @@ def test_stopping_lets_requests_finish_and_leaves_no_process(event_loop: EventLo
     event_loop.call(scenario())
 
 
+def test_stopping_while_the_model_loads_ends_the_process(event_loop: EventLoopThread, tiny_model: Path) -> None:
+    async def scenario() -> None:
+        client = ProcessEngineClient(engine_config(tiny_model))
+        await client.start()
+        with pytest.raises(EngineUnavailable, match="still loading"):
+            await collect(client, request("too early"))
+        await wait_for(lambda: client.process_id is not None)
+        process_id = client.process_id
+        assert process_id is not None
+        await client.stop(0)
+        await client.stop(0)
+        assert not is_alive(process_id)
+        assert client.status().state == "draining"
+
+    event_loop.call(scenario())
+
+
 def test_a_model_that_cannot_be_loaded_is_told_in_the_childs_words(event_loop: EventLoopThread, tmp_path: Path) -> None:
     async def scenario() -> EngineStatus:
         client = ProcessEngineClient(engine_config(tmp_path / "no-model"))

@@ -36,9 +36,9 @@ def assemble_with(runner_type: type[FakeRunner]) -> Assemble:
     ) -> tuple[EngineLoop, ModelInfo]:
         report(LoadProgress(1, 1))
         info = fake_model_info(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-        limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, BLOCK_SIZE)
+        limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         runner = runner_type(NUM_BLOCKS, BLOCK_SIZE)
-        return EngineLoop(Scheduler(limits, BlockPool(NUM_BLOCKS)), runner, info, publish), info
+        return EngineLoop(Scheduler(limits, BlockPool(NUM_BLOCKS, BLOCK_SIZE)), runner, info, publish), info
 
     return assemble
 

@@ -6,7 +6,7 @@ import torch
 from server.engine import host_memory
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
-from server.engine.kv_cache import KvGeometry, allocate_layers, choose_size
+from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_size
 
 CPU = torch.device("cpu")
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16, max_model_len=1000)
@@ -47,7 +47,7 @@ def test_a_cache_without_room_for_one_block_is_refused() -> None:
 
 def test_a_context_longer_than_the_models_is_refused() -> None:
     with pytest.raises(EngineSetupError, match=r"max_model_len is 1001.*at most 1000"):
-        choose_size(replace(CONFIG, max_model_len=1001), GEOMETRY, CPU)
+        check_context_len(replace(CONFIG, max_model_len=1001), 1000)
 
 
 def test_the_tensors_have_the_shape_that_the_kernels_read() -> None:

@@ -27,7 +27,7 @@ class Simulation:
     events: dict[str, list[TokenEvent]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        self.pool = BlockPool(self.num_blocks)
+        self.pool = BlockPool(self.num_blocks, self.block_size)
         self.scheduler = Scheduler(self.limits, self.pool)
         self.runner = FakeRunner(self.num_blocks, self.block_size)
         info = fake_model_info(max_model_len=MAX_MODEL_LEN, num_blocks=self.num_blocks, block_size=self.block_size)
@@ -54,7 +54,7 @@ class Simulation:
 
 
 def simulation(*, num_blocks: int = 16, block_size: int = 4, max_num_seqs: int = 8, budget: int = 24) -> Simulation:
-    return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget, block_size))
+    return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget))
 
 
 def random_request(rng: random.Random, request_id: str) -> GenerationRequest:
@@ -246,4 +246,4 @@ def test_a_request_that_could_never_run_ends_with_the_reason() -> None:
 
 def test_a_budget_smaller_than_the_batch_is_refused() -> None:
     with pytest.raises(EngineSetupError, match="max_num_batched_tokens is 4, fewer than max_num_seqs 8"):
-        SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=4, block_size=4)
+        SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=4)

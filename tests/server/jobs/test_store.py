@@ -1,6 +1,7 @@
 """The job file: which way a state may go, who wins a race, what survives."""
 
 import itertools
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -212,6 +213,25 @@ def test_a_full_queue_refuses_and_loses_nothing(tmp_path: Path) -> None:
         submit(store, "c")
     store.claim_next()
     submit(store, "c")
+
+
+def test_a_full_disk_refuses_new_jobs_keeps_the_old_ones_and_works_again_with_room(tmp_path: Path) -> None:
+    # given a disk on which no file may grow beyond 256 KiB
+    store = JobStore(tmp_path / "jobs.sqlite", max_queued=10_000)
+    acknowledged: list[str] = []
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256 * 1024, unlimited[1]))
+    try:
+        # when jobs are queued until it is full
+        with pytest.raises(JobStoreUnavailable, match=r"jobs\.sqlite"):
+            acknowledged.extend(submit(store, f"out-{number}").id for number in range(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    # then those that were acknowledged are there, and there is room for the next one
+    assert acknowledged
+    assert [job.id for job in iter(store.claim_next, None)] == acknowledged
+    assert submit(store, "next").state is JobState.QUEUED
 
 
 def test_the_list_is_newest_first_and_continues_after_a_job(store: JobStore) -> None:

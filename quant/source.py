@@ -6,6 +6,7 @@ Reads a Hugging Face directory (safetensors only) or a GGUF file. Runs no code t
 import json
 import shutil
 import struct
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -102,7 +103,7 @@ def open_source(path: Path) -> SourceModel:
             "give the original model"
         )
     groups_for(str(reader.config.get("model_type")))
-    return _load(path, gguf_file=None)
+    return _load(path, path, gguf_file=None)
 
 
 def _open_gguf(file: Path) -> SourceModel:
@@ -110,11 +111,13 @@ def _open_gguf(file: Path) -> SourceModel:
         magic = stream.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
         raise SourceError(f"{file} is no GGUF file: it starts with {magic!r}, not {GGUF_MAGIC!r}")
-    return _load(file, gguf_file=file.name)
+    # alone in a folder: transformers would mix in the tokenizer files that lie beside it
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.absolute())
+        return _load(file, Path(folder), gguf_file=file.name)
 
 
-def _load(path: Path, *, gguf_file: str | None) -> SourceModel:
-    directory = path if gguf_file is None else path.parent
+def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
     try:
         # parsed once and handed on: transformers would parse a GGUF file again for every question
         config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
@@ -129,6 +132,7 @@ def _load(path: Path, *, gguf_file: str | None) -> SourceModel:
             dtype=torch.float32,
             trust_remote_code=False,
             local_files_only=True,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from quant.errors import RecipeError, SourceError
-from quant.recipe import SELF_CALIBRATION, Recipe
+from quant.recipe import SELF_CALIBRATION, Method, Recipe
 from quant.self_text import write_text
 from quant.source import SourceModel
 
@@ -40,15 +40,19 @@ def calibration_tokens(recipe: Recipe, source: SourceModel, on_step: Callable[[i
 
     Raises RecipeError when the text is too short for the recipe, SourceError when it cannot be read.
     """
-    num_rows = recipe.num_samples + recipe.num_held_out
-    if recipe.calibration == SELF_CALIBRATION:
+    # plain rounding looks at no data
+    num_samples = recipe.num_samples if recipe.method is Method.AWQ else 0
+    num_rows = num_samples + recipe.num_held_out
+    if num_rows == 0:
+        rows, origin = torch.empty(0, recipe.sample_tokens, dtype=torch.int64), "no text"
+    elif recipe.calibration == SELF_CALIBRATION:
         rows = write_text(source.model, source.tokenizer, (num_rows, recipe.sample_tokens), recipe.seed, on_step)
         origin = f"text by {source.name} itself"
     else:
         text, origin = _read_text(recipe.calibration)
         rows = _cut_rows(source.tokenizer, text, (num_rows, recipe.sample_tokens), origin)
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return CalibrationTokens(rows[: recipe.num_samples], rows[recipe.num_samples :], origin, digest)
+    return CalibrationTokens(rows[:num_samples], rows[num_samples:], origin, digest)
 
 
 def _read_text(name: str) -> tuple[str, str]:

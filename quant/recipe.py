@@ -33,7 +33,7 @@ class Recipe:
     group_size: int | None = None
     calibration: str = SELF_CALIBRATION
     num_samples: int = 32
-    sample_tokens: int = 256
+    sample_tokens: int = 128
     num_held_out: int = 4
     seed: int = 0
 

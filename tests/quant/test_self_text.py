@@ -19,9 +19,7 @@ def ignore_step(done: int, total: int) -> None:
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(tmp_path: Path) -> None:
     source = open_tiny(tmp_path)
-    first, again, other = (
-        write_text(source.model, source.tokenizer, (3, 90), seed, ignore_step) for seed in (1, 1, 2)
-    )
+    first, again, other = (write_text(source.model, source.tokenizer, (3, 90), seed, ignore_step) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

@@ -1,0 +1,114 @@
+"""The command line as a program: exit codes, JSON lines, and what is left after it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from quant.checkpoint.reader import CheckpointReader
+from quant.cli import app
+from tests.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--calib-samples", "4", "--calib-seqlen", "32")
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "quant", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("source") / "model")
+
+
+def test_json_progress_is_one_event_a_line_and_ends_with_the_report(model: Path, tmp_path: Path) -> None:
+    process = start(["quantize", str(model), str(tmp_path / "out"), *SMALL, "--progress-format", "json"])
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    events = [json.loads(line) for line in output.splitlines()]
+    *progress, done = events
+    assert all(set(event) == {"event", "phase", "done", "total", "seconds_left"} for event in progress)
+    assert list(dict.fromkeys(event["phase"] for event in progress)) == ["load", "calibrate", "evaluate", "quantize"]
+    assert done["event"] == "done"
+    assert done["output"] == str(tmp_path / "out")
+    assert done["report"]["recipe"]["num_samples"] == 4
+    CheckpointReader.open(tmp_path / "out")
+
+
+def test_people_get_the_tables_on_stdout(model: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", str(model), str(tmp_path / "out"), *SMALL, "--no-eval")
+    assert result.exit_code == 0, result.output
+    assert "mlp.down_proj" in result.stdout
+    assert "4.312" in result.stdout
+    assert "perplexity" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--group-size", "128"), "group size 128 does not divide the 64 in features of"),
+        (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32"),
+        (("--bits", "5"), "bits is 5; supported: 4"),
+    ],
+)
+def test_bad_options_end_with_code_2_and_one_sentence(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    result = invoke("quantize", str(model), str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_a_failed_event_for_programs(tmp_path: Path) -> None:
+    result = invoke("quantize", str(tmp_path / "nothing"), str(tmp_path / "out"), "--progress-format", "json")
+    assert result.exit_code == 2
+    event = json.loads(result.stdout.splitlines()[-1])
+    assert event["event"] == "failed"
+    assert "nothing" in event["message"]
+
+
+def test_a_stopped_run_removes_what_it_wrote(model: Path, tmp_path: Path) -> None:
+    process = _start_and_wait_for_writing(model, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(model: Path, tmp_path: Path) -> None:
+    process = _start_and_wait_for_writing(model, tmp_path)
+    process.kill()
+    process.communicate(timeout=120)
+    assert not (tmp_path / "out").exists()
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def _start_and_wait_for_writing(model: Path, directory: Path) -> subprocess.Popen[str]:
+    """A run in the middle of its work: its hidden folder is there. It would go on for minutes."""
+    endless = ("--calib-samples", "4", "--calib-seqlen", "100000", "--progress-format", "json")
+    process = start(["quantize", str(model), str(directory / "out"), *endless])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["phase"] == "calibrate":
+            return process
+    raise AssertionError(f"the run ended early: {process.communicate()[1]}")

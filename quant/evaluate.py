@@ -1,0 +1,216 @@
+"""How far a checkpoint is from its original: perplexity, KL divergence and top-1 agreement on the same tokens.
+
+The checkpoint is read back from its files; beside it stand the original and its plain rounding.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from quant.checkpoint.location import resolve_model
+from quant.checkpoint.reader import CheckpointReader
+from quant.dense_checkpoint import load_dense
+from quant.errors import CheckpointError, QuantizationError, RecipeError, SourceError
+from quant.progress import ProgressListener, ProgressMeter, ignore_progress
+from quant.report import REPORT_FILE
+from quant.rounding import round_plainly
+from quant.source import open_source
+
+# prose and code written for this program and used nowhere else, so no calibration has seen it
+HELD_OUT_TEXT = Path(__file__).parent / "held_out.txt"
+# rows of logits compared at once: a window times the vocabulary in float32 several times over would not stay small
+ROWS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """against: the original, as a path or hub name; None takes what the checkpoint's report names.
+
+    text: a UTF-8 file; None takes the text that ships with this program.
+    """
+
+    checkpoint: Path
+    against: str | None = None
+    text: Path | None = None
+    num_windows: int = 24
+    window_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise RecipeError(f"the number of windows is {self.num_windows}; it must be at least 1")
+        if self.window_tokens < 2:
+            raise RecipeError(f"a window of {self.window_tokens} tokens predicts nothing; it must have at least 2")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model on the text. mean_kl in nats; both comparisons are None for the original itself."""
+
+    name: str
+    perplexity: float
+    mean_kl: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    rows: tuple[Quality, ...]
+    text: str
+    num_windows: int
+    window_tokens: int
+
+
+@dataclass
+class _Sums:
+    """Running sums over the windows measured so far."""
+
+    window_nll: float = 0.0
+    kl: float = 0.0
+    num_agreeing: int = 0
+    num_tokens: int = 0
+
+
+@torch.inference_mode()
+def evaluate_checkpoint(options: EvalOptions, listener: ProgressListener = ignore_progress) -> EvalTable:
+    """Measure the original, its plain rounding and the checkpoint on the same windows, in float32 on the CPU.
+
+    Holds the three models at once, 12 bytes a parameter. Raises CheckpointError, SourceError or RecipeError for bad
+    input, QuantizationError when a model gives logits that are not finite.
+    """
+    meter = ProgressMeter(listener)
+    meter.report("load", 0, 3)
+    reader = CheckpointReader.open(options.checkpoint)
+    if reader.meta is None:
+        raise CheckpointError(f"{options.checkpoint} is not quantized; there is nothing to compare")
+    source = open_source(resolve_model(options.against or _recorded_source(options.checkpoint)))
+    windows = cut_windows(source.tokenizer, _read_text(options.text), options)
+    meter.report("load", 1, 3)
+    quantized = load_dense(options.checkpoint)
+    meter.report("load", 2, 3)
+    models = {
+        "original": source.model,
+        "plain rounding": _round_copy(source.model, reader),
+        "checkpoint": quantized,
+    }
+    meter.report("load", 3, 3)
+    return EvalTable(
+        rows=compare(models, windows, meter),
+        text=str(options.text or f"the text that ships with this program ({HELD_OUT_TEXT.name})"),
+        num_windows=windows.shape[0],
+        window_tokens=windows.shape[1],
+    )
+
+
+def compare(models: Mapping[str, PreTrainedModel], windows: Tensor, meter: ProgressMeter) -> tuple[Quality, ...]:
+    """Each model on token windows int64 [W, T], in lockstep; the first one is what the others are compared with."""
+    sums = {name: _Sums() for name in models}
+    meter.report("evaluate", 0, len(windows))
+    for index, window in enumerate(windows):
+        logits = {name: _predict(name, model, window) for name, model in models.items()}
+        original = next(iter(logits.values()))
+        for name, model_logits in logits.items():
+            _add_window(sums[name], model_logits, original, window[1:])
+        meter.report("evaluate", index + 1, len(windows))
+    first = next(iter(models))
+    return tuple(
+        Quality(
+            name=name,
+            perplexity=math.exp(total.window_nll / len(windows)),
+            mean_kl=None if name == first else total.kl / total.num_tokens,
+            top1_agreement=None if name == first else total.num_agreeing / total.num_tokens,
+        )
+        for name, total in sums.items()
+    )
+
+
+def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, options: EvalOptions) -> Tensor:
+    """The first windows of the text, int64 [W, T] without overlap: one tokenization, special tokens as it adds them.
+
+    Raises RecipeError when the text does not fill one window; a text that fills some gives those.
+    """
+    token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    num_windows = min(options.num_windows, len(token_ids) // options.window_tokens)
+    if num_windows == 0:
+        raise RecipeError(
+            f"the text has {len(token_ids)} tokens, fewer than one window of {options.window_tokens}: "
+            "give a longer text, or smaller windows"
+        )
+    return token_ids[: num_windows * options.window_tokens].view(num_windows, options.window_tokens)
+
+
+def render(table: EvalTable) -> Table:
+    """The measurements side by side, for people."""
+    rendered = Table(
+        title=f"{table.num_windows} windows of {table.window_tokens} tokens of {table.text}", title_justify="left"
+    )
+    for column in ("model", "perplexity", "mean KL (nats)", "same first choice"):
+        rendered.add_column(column, justify="left" if column == "model" else "right")
+    for row in table.rows:
+        kl = "" if row.mean_kl is None else f"{row.mean_kl:.5f}"
+        agreement = "" if row.top1_agreement is None else f"{100 * row.top1_agreement:.2f} %"
+        rendered.add_row(row.name, f"{row.perplexity:.3f}", kl, agreement)
+    return rendered
+
+
+def _predict(name: str, model: PreTrainedModel, window: Tensor) -> Tensor:
+    """float32 [T - 1, vocab]: what the model expects after each token but the last."""
+    logits: Tensor = model(window[None], use_cache=False).logits[0, :-1].float()
+    if not bool(torch.isfinite(logits).all()):
+        raise QuantizationError(f"the {name} gives logits that are not finite; it cannot be measured")
+    return logits
+
+
+def _add_window(total: _Sums, logits: Tensor, original: Tensor, targets: Tensor) -> None:
+    """The window's mean negative log likelihood, and sum over its tokens of KL(original || model)."""
+    nll = 0.0
+    for start in range(0, len(targets), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        log_q, log_p = logits[rows].log_softmax(-1), original[rows].log_softmax(-1)
+        nll -= float(log_q.gather(1, targets[rows, None]).double().sum())
+        total.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+        total.num_agreeing += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+    total.window_nll += nll / len(targets)
+    total.num_tokens += len(targets)
+
+
+def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrainedModel:
+    """The original with the modules that the checkpoint quantizes rounded plainly, at its bits and group size."""
+    if reader.meta is None:
+        raise CheckpointError(f"{reader.directory} is not quantized")
+    rounded = copy.deepcopy(original)
+    for name in reader.quantized_module_names:
+        try:
+            weight = rounded.get_parameter(f"{name}.weight")
+        except AttributeError as error:
+            raise SourceError(
+                f"the original has no module {name}: it is another model than the checkpoint's"
+            ) from error
+        weight.copy_(round_plainly(weight, reader.meta.group_size, reader.meta.bits))
+    return rounded
+
+
+def _recorded_source(checkpoint: Path) -> str:
+    try:
+        source = json.loads((checkpoint / REPORT_FILE).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RecipeError(
+            f"{checkpoint} has no {REPORT_FILE} that names its original; give it with --against"
+        ) from error
+    return str(source)
+
+
+def _read_text(file: Path | None) -> str:
+    path = file or HELD_OUT_TEXT
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error

@@ -9,10 +9,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.engine.client_protocol import EngineClient
+from server.http_protocol import BoundedHttpProtocol
 from server.settings import Settings
 
 BACKLOG = 2048
-# an idle connection of a client that keeps it open costs nothing; one that never sends its request does
+# how long a client may keep a connection open between requests
 KEEP_ALIVE_SECONDS = 30
 # after the drain every request has ended, and this is for its last bytes to leave
 CLOSE_SECONDS = 5
@@ -49,6 +50,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHttpProtocol,
                 log_config=None,
                 access_log=settings.log_level == "debug",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -1,19 +1,18 @@
 """The whole application around a fake engine: in process, and on a real socket."""
 
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.api.services import ServedModel
 from server.app import create_app
 from server.engine.request import ModelInfo
+from server.http_server import GracefulServer, listen
 from server.jobs.store import JobStore
 from server.settings import load_settings
 from server.text.tokenizer import Tokenizer
@@ -75,21 +74,14 @@ def client(make_app: AppFactory) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def live_url(make_app: AppFactory) -> Iterator[str]:
-    """The application on a free port, run by uvicorn in a thread, for what needs a socket."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(), log_config=None, timeout_graceful_shutdown=5))
-    started = threading.Event()
-    original: Callable[..., object] = server.startup
-
-    async def startup(sockets: list[socket.socket] | None = None) -> None:
-        await original(sockets)  # type: ignore[misc]
-        started.set()
-
-    server.startup = startup  # type: ignore[method-assign, assignment]
+def live_url(make_app: AppFactory, engine: FakeEngineClient) -> Iterator[str]:
+    """The application on a free port, run in a thread as the command line runs it, for what needs a socket."""
+    listener = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    server = GracefulServer(make_app(), load_settings({"drain_seconds": 0}), engine, announce=ready.set)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
     thread.start()
-    assert started.wait(30)
+    assert ready.wait(30)
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join(timeout=30)

@@ -24,6 +24,7 @@ class FakeEngineClient:
 
     capacity: how many requests may be under way. The log-probability of a scripted token is -0.5, and the next ids
     follow it. `gate` closed: requests wait before their first token. fail_after: tokens until the engine "dies".
+    pause_after: events until a request says nothing more.
     """
 
     def __init__(self, script: Script, model: ModelInfo, *, capacity: int = 64) -> None:
@@ -33,6 +34,7 @@ class FakeEngineClient:
         self.gate = asyncio.Event()
         self.gate.set()
         self.fail_after: int | None = None
+        self.pause_after: int | None = None
         self.tokens_per_event = 1
         self.script = script
         self._model = model
@@ -69,7 +71,9 @@ class FakeEngineClient:
         is_over = False
         try:
             await self.gate.wait()
-            for event in self._events(request):
+            for position, event in enumerate(self._events(request)):
+                if position == self.pause_after:
+                    await asyncio.Event().wait()
                 is_over = event.finish_reason is not None
                 yield event
                 await asyncio.sleep(0)

@@ -1,0 +1,117 @@
+"""The server on its socket: what it refuses before a request is one, and how it ends."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.engine.request import EngineStatus
+from server.http_protocol import MAX_HEAD_BYTES
+from server.http_server import GracefulServer, ListenError, listen
+from server.settings import load_settings
+
+DEADLINE_SECONDS = 20.0
+
+
+class SettledEngine:
+    """An engine that has ended its start, and counts how it is stopped. It answers nothing."""
+
+    def __init__(self, state: str, detail: str = "") -> None:
+        self.stops: list[float] = []
+        self._status = EngineStatus(state, detail, None, None)  # type: ignore[arg-type]
+
+    async def start(self) -> None:
+        raise AssertionError("the application starts it, and this one does not")
+
+    async def wait_until_settled(self) -> EngineStatus:
+        return self._status
+
+    async def stop(self, drain_seconds: float) -> None:
+        self.stops.append(drain_seconds)
+
+    def generate(self, request: object) -> object:
+        raise AssertionError("nothing is generated here")
+
+    def status(self) -> EngineStatus:
+        return self._status
+
+
+def run(engine: SettledEngine, while_it_runs: Callable[[GracefulServer, int], None]) -> GracefulServer:
+    """Run a server that has one route, do something with it and its port, and return it when it has ended."""
+    app = FastAPI()
+    app.get("/live")(lambda: "live")
+    listener = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    server = GracefulServer(app, load_settings({"drain_seconds": 3}), engine, ready.set)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
+    thread.start()
+    assert ready.wait(DEADLINE_SECONDS)
+    while_it_runs(server, listener.getsockname()[1])
+    server.should_exit = True
+    thread.join(DEADLINE_SECONDS)
+    assert not thread.is_alive()
+    return server
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError, match=str(port)):
+            listen("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_here_is_named() -> None:
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1"):
+        listen("192.0.2.1", 0)
+
+
+def test_an_unending_head_closes_the_connection_and_the_server_goes_on() -> None:
+    def send_headers(_server: GracefulServer, port: int) -> None:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.settimeout(DEADLINE_SECONDS)
+        connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\nX-Huge: ")
+        num_sent = 0
+        try:
+            while num_sent < 100 * MAX_HEAD_BYTES:
+                num_sent += connection.send(b"x" * 4096)
+            closed = connection.recv(1) == b""
+        except OSError:
+            closed = True
+        assert closed
+        assert httpx.get(f"http://127.0.0.1:{port}/live").status_code == 200
+
+    run(SettledEngine("ready"), send_headers)
+
+
+def test_the_end_drains_the_engine_first() -> None:
+    engine = SettledEngine("ready")
+    run(engine, lambda _server, _port: None)
+    assert engine.stops == [3]
+
+
+def test_two_signals_end_at_once() -> None:
+    def interrupt(server: GracefulServer, _port: int) -> None:
+        server.handle_exit(signal.SIGTERM, None)
+        assert server.should_exit
+        assert not server.force_exit
+        server.handle_exit(signal.SIGTERM, None)
+        assert server.force_exit
+
+    started = time.monotonic()
+    run(SettledEngine("ready"), interrupt)
+    assert time.monotonic() - started < DEADLINE_SECONDS
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_the_reason() -> None:
+    app = FastAPI()
+    engine = SettledEngine("failed", "model.safetensors is truncated")
+    server = GracefulServer(app, load_settings({}), engine, announce=lambda: None)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: server.run(sockets=[listen("127.0.0.1", 0)]))
+    thread.start()
+    thread.join(DEADLINE_SECONDS)
+    assert server.failure == "model.safetensors is truncated"

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +27,18 @@ def server(quantized_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     )
     yield running
     assert running.stop() == 0, running.log.read_text()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path, Path], RunningServer]]:
+    """Starts servers for one test; those that the test has not stopped are killed after it."""
+    servers: list[RunningServer] = []
+
+    def start_one(model: Path, data_dir: Path) -> RunningServer:
+        servers.append(start_server(model, data_dir))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.process.kill()
+        server.process.wait()

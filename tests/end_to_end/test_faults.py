@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.end_to_end.running_server import AWQ_SERVE, RunningServer, start_server, wait_until
+from tests.end_to_end.running_server import AWQ_SERVE, RunningServer, wait_until
 from tests.tiny_models import save_tiny_model
 
 
-def test_killing_the_engine_ends_the_streams_with_an_error_and_the_next_request_works(tmp_path: Path) -> None:
-    server = start_server(save_tiny_model("llama", tmp_path / "tiny"), tmp_path / "data")
+def test_killing_the_engine_ends_the_streams_with_an_error_and_the_next_request_works(
+    tmp_path: Path, start: Callable[[Path, Path], RunningServer]
+) -> None:
+    server = start(save_tiny_model("llama", tmp_path / "tiny"), tmp_path / "data")
     frames: list[str] = []
     started = threading.Event()
 
@@ -50,8 +53,10 @@ def test_killing_the_engine_ends_the_streams_with_an_error_and_the_next_request_
     assert not Path(f"/proc/{engine}").exists()
 
 
-def test_killing_the_server_leaves_no_engine_behind(tmp_path: Path) -> None:
-    server = start_server(save_tiny_model("llama", tmp_path / "tiny"), tmp_path / "data")
+def test_killing_the_server_leaves_no_engine_behind(
+    tmp_path: Path, start: Callable[[Path, Path], RunningServer]
+) -> None:
+    server = start(save_tiny_model("llama", tmp_path / "tiny"), tmp_path / "data")
     engine = server.engine_pid()
     server.process.kill()
     server.process.wait()

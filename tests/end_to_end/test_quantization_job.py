@@ -1,19 +1,22 @@
 """A quantization through HTTP: queued, run in a process of its own, listed with the models, and served."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
-from tests.end_to_end.running_server import start_server, wait_until
+from tests.end_to_end.running_server import RunningServer, wait_until
 from tests.tiny_models import save_tiny_model
 
 
-def test_a_job_makes_a_checkpoint_that_can_be_served(tmp_path: Path) -> None:
+def test_a_job_makes_a_checkpoint_that_can_be_served(
+    tmp_path: Path, start: Callable[[Path, Path], RunningServer]
+) -> None:
     # given a server, and a model in its models directory
     models = tmp_path / "data" / "models"
     models.mkdir(parents=True)
     source = save_tiny_model("llama", models / "tiny")
-    server = start_server(source, tmp_path / "data")
+    server = start(source, tmp_path / "data")
 
     # when its quantization is asked for
     body = {"model": str(source), "output": "tiny-awq", "calib_samples": 4, "calib_seqlen": 64}
@@ -27,7 +30,7 @@ def test_a_job_makes_a_checkpoint_that_can_be_served(tmp_path: Path) -> None:
     assert finished["status"] == "succeeded", finished
     assert "tiny-awq" in [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]]
     assert server.stop() == 0
-    served = start_server(models / "tiny-awq", tmp_path / "again")
+    served = start(models / "tiny-awq", tmp_path / "again")
     answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "abc", "max_tokens": 3}, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] == 3
     assert served.stop() == 0

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from quant.checkpoint.location import resolve_model
 from quant.errors import QuantError, RecipeError
+from quant.evaluate import EvalOptions, evaluate_checkpoint, render
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
 from quant.recipe import GROUP_SIZES, SELF_CALIBRATION, Method, Recipe
@@ -78,10 +79,35 @@ def quantize_command(
             calibration=calib,
             num_samples=calib_samples,
             sample_tokens=calib_seqlen,
-            num_held_out=0 if no_eval else Recipe.num_held_out,
+            num_windows=0 if no_eval else Recipe.num_windows,
             seed=seed,
         )
         _run(recipe, resolve_model(source), output, progress_format)
+
+
+@app.command("eval")
+def eval_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="directory that quantize wrote")],
+    against: Annotated[
+        str | None, typer.Option(metavar="SRC", help="the original; by default the one that the report names")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file; by default a short text that ships here")] = None,
+    windows: Annotated[int, typer.Option(help="windows to measure, at most")] = EvalOptions.num_windows,
+    window_tokens: Annotated[int, typer.Option(help="tokens per window")] = EvalOptions.window_tokens,
+) -> None:
+    """Print perplexity of the original, of plain rounding and of CHECKPOINT on the same tokens, side by side.
+
+    **Examples**
+
+        awq-serve eval ./smollm2-awq
+
+        awq-serve eval ./smollm2-awq --against ./SmolLM2-135M-Instruct --text wikitext2-test.raw
+    """
+    with _exit_codes(ProgressFormat.RICH):
+        options = EvalOptions(checkpoint, against, text, windows, window_tokens)
+        with progress_bar(Console(stderr=True)) as listener:
+            table = evaluate_checkpoint(options, listener)
+        Console().print(render(table))
 
 
 def main() -> None:

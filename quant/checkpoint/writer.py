@@ -103,7 +103,9 @@ class CheckpointWriter:
             self._name_shards()
             for name, content in {CONFIG_FILE: _json_bytes(config), **files}.items():
                 (self.directory / name).write_bytes(content)
-            for path in self.directory.rglob("*"):
+            for path in self.directory.iterdir():
+                # safetensors writes files that only their owner can read; a server may be another user
+                path.chmod(0o644)
                 _flush_to_disk(path)
             _flush_to_disk(self.directory)
         except OSError as error:
@@ -153,9 +155,10 @@ class CheckpointWriter:
 
     def _failure(self, reason: str) -> OutputError:
         free_bytes = shutil.disk_usage(self._out.parent).free
+        needed_bytes = max(self._expected_bytes, self._total_bytes)
         return OutputError(
-            f"{self._out} cannot be written: {reason}. It needs about {_megabytes(self._expected_bytes)}, of which "
-            f"{_megabytes(self._total_bytes)} were written; {_megabytes(free_bytes)} are free"
+            f"{self._out} cannot be written: {reason}. It needs about {_megabytes(needed_bytes)}; "
+            f"{_megabytes(free_bytes)} were free when it failed"
         )
 
 

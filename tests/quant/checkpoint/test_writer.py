@@ -65,6 +65,15 @@ def test_a_small_checkpoint_is_one_file_without_an_index(tmp_path: Path) -> None
     assert hidden_folders(tmp_path) == []
 
 
+def test_everybody_may_read_a_checkpoint(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", expected_bytes=0) as writer:
+        writer.add_tensor("a.weight", torch.ones(3))
+        writer.commit(CONFIG, {})
+
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
 def test_a_large_checkpoint_is_sharded_as_its_index_says(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", expected_bytes=0, shard_bytes=100) as writer:
         for index in range(3):
@@ -188,7 +197,7 @@ def test_a_write_that_fails_halfway_says_so_with_the_numbers(tmp_path: Path) -> 
 
     assert "out cannot be written" in result.stdout
     assert "needs about 0.4 MB" in result.stdout
-    assert "are free" in result.stdout
+    assert "were free" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -177,8 +177,8 @@ def load_settings(flags: Mapping[str, object], config_file: Path | None = None) 
     """
     if config_file is None and CONFIG_VARIABLE in os.environ:
         config_file = Path(os.environ[CONFIG_VARIABLE])
-    if config_file is not None and not config_file.is_file():
-        raise SettingsError(f"the settings file {config_file} does not exist")
+    if config_file is not None:
+        _check_file(config_file)
     _check_variables()
 
     class FileSettings(Settings):
@@ -188,14 +188,30 @@ def load_settings(flags: Mapping[str, object], config_file: Path | None = None) 
         settings = FileSettings.model_validate(flags)
         if settings.api_key_file is None:
             return settings
-        keys = settings.api_key_file.read_text(encoding="utf-8").split()
+        keys = _read_keys(settings.api_key_file)
         return FileSettings.model_validate({**flags, "api_keys": (*settings.api_keys, *keys)})
     except ValidationError as error:
         raise SettingsError("; ".join(_sentence(detail["loc"], detail["msg"]) for detail in error.errors())) from error
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"the settings file {config_file} is no valid TOML: {error}") from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SettingsError(f"the API key file cannot be read: {error}") from error
+        raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"the settings file {path} is no valid TOML: {error}") from error
+
+
+def _read_keys(path: Path) -> list[str]:
+    """An empty file is an error: whoever names one means to close the server."""
+    try:
+        keys = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"the API key file {path} cannot be read: {error}") from error
+    if not keys:
+        raise SettingsError(f"the API key file {path} holds no key; write one key a line into it")
+    return keys
 
 
 def _check_variables() -> None:

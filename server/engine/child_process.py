@@ -37,9 +37,13 @@ class _Endpoint:
         self.socket.set(zmq.RCVHWM, 0)
         self.socket.bind(self.address)
 
+    def hide(self) -> None:
+        """Once the two are connected nobody needs the path, and a parent that is killed cannot remove it any more."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def close(self) -> None:
         self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self.hide()
 
 
 class EngineChild:
@@ -111,10 +115,12 @@ class EngineChild:
             await self._process.wait()
 
     async def _read(self, handle: Callable[[FromEngine], None]) -> None:
+        frame = await self._socket.recv()
+        self._endpoint.hide()
         while True:
-            frame = await self._socket.recv()
             self._last_heard = time.monotonic()
             handle(messages.decode_from_engine(frame))
+            frame = await self._socket.recv()
 
     async def _watch_for_silence(self) -> None:
         while (left := self._last_heard + SILENCE_LIMIT_SECONDS - time.monotonic()) > 0:

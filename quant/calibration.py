@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from quant.errors import RecipeError, SourceError
-from quant.recipe import SELF_CALIBRATION, Method, Recipe
+from quant.recipe import SELF_CALIBRATION, Recipe
 from quant.self_text import write_text
 from quant.source import SourceModel
 
@@ -24,13 +24,9 @@ HUB_TEXT_SUFFIXES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """Token ids int64: calibration [samples, tokens], and held_out [rows, tokens] from the same kind of text.
+    """ids: int64 [samples, tokens]. origin: where the text came from. digest: SHA-256 of the ids, to compare runs."""
 
-    origin: where the text came from; digest: SHA-256 of all ids, to tell whether two runs saw the same.
-    """
-
-    calibration: Tensor
-    held_out: Tensor
+    ids: Tensor
     origin: str
     digest: str
 
@@ -40,19 +36,14 @@ def calibration_tokens(recipe: Recipe, source: SourceModel, on_step: Callable[[i
 
     Raises RecipeError when the text is too short for the recipe, SourceError when it cannot be read.
     """
-    # plain rounding looks at no data
-    num_samples = recipe.num_samples if recipe.method is Method.AWQ else 0
-    num_rows = num_samples + recipe.num_held_out
-    if num_rows == 0:
-        rows, origin = torch.empty(0, recipe.sample_tokens, dtype=torch.int64), "no text"
-    elif recipe.calibration == SELF_CALIBRATION:
-        rows = write_text(source.model, source.tokenizer, (num_rows, recipe.sample_tokens), recipe.seed, on_step)
+    shape = (recipe.num_samples, recipe.sample_tokens)
+    if recipe.calibration == SELF_CALIBRATION:
+        ids = write_text(source.model, source.tokenizer, shape, recipe.seed, on_step)
         origin = f"text by {source.name} itself"
     else:
         text, origin = _read_text(recipe.calibration)
-        rows = _cut_rows(source.tokenizer, text, (num_rows, recipe.sample_tokens), origin)
-    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return CalibrationTokens(rows[:num_samples], rows[num_samples:], origin, digest)
+        ids = _cut_rows(source.tokenizer, text, shape, origin)
+    return CalibrationTokens(ids, origin, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
 
 
 def _read_text(name: str) -> tuple[str, str]:
@@ -109,8 +100,8 @@ def _cut_rows(tokenizer: PreTrainedTokenizerBase, text: str, shape: tuple[int, i
     num_needed = num_rows * num_tokens
     if len(ids) < num_needed:
         raise RecipeError(
-            f"{origin} has {len(ids)} tokens; {num_rows} samples and held-out rows "
-            f"of {num_tokens} tokens need {num_needed}: give more text, or fewer or shorter samples"
+            f"{origin} has {len(ids)} tokens; {num_rows} samples of {num_tokens} tokens "
+            f"need {num_needed}: give more text, or fewer or shorter samples"
         )
     stride = len(ids) // num_rows
     return ids[: stride * num_rows].view(num_rows, stride)[:, :num_tokens].contiguous()

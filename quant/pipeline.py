@@ -1,6 +1,5 @@
 """The walk of a quantization: open, calibrate, take the blocks one by one, write, measure. It owns the loaded model."""
 
-import math
 import os
 import resource
 import time
@@ -15,14 +14,15 @@ from transformers.modeling_utils import PreTrainedModel
 from kernels.layout import PackedWeight
 from quant.block import BlockPlan, check_finite, round_block_plainly
 from quant.block_search import search_block
-from quant.calibration import CalibrationTokens, calibration_tokens
+from quant.calibration import calibration_tokens
 from quant.capture import embed
 from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import OutputError
+from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe, choose_group_size
-from quant.report import BlockError, HeldOutPerplexity, LayerLoss, Report
+from quant.report import BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import groups_for, linear_of
 from quant.scale_search import Grouping
@@ -31,27 +31,26 @@ from quant.source import SourceModel, open_source
 # where a causal language model keeps its decoder and its blocks, in every family of scale_groups
 DECODER = "model"
 BLOCKS = "model.layers"
+# as short as tells the models apart: `awq-serve eval` measures longer
+WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization under way: what was asked, the model it changes, how its blocks go, where the result goes."""
+    """One quantization under way: what was asked, the model it changes, how its blocks go, where they go."""
 
     recipe: Recipe
-    model: PreTrainedModel
+    source: SourceModel
     plan: BlockPlan
     writer: CheckpointWriter
     meter: ProgressMeter
 
-    def blocks(self) -> dict[str, nn.Module]:
-        """The decoder blocks in order, by full name."""
-        return blocks_of(self.model)
-
 
 @dataclass(frozen=True)
 class SearchNumbers:
-    """What the search says of its losses; both empty for plain rounding, which searches nothing."""
+    """What the search looked at and says of its losses; empty for plain rounding, which searches nothing."""
 
+    calibration: CalibrationSummary | None = None
     layers: tuple[LayerLoss, ...] = ()
     blocks: tuple[BlockError, ...] = ()
 
@@ -74,21 +73,19 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     for name, parameter in source.model.named_parameters():
         check_finite(name, parameter)
     with CheckpointWriter(out, expected_bytes=expected_bytes(source.model, plan)) as writer:
-        job = Job(recipe, source.model, plan, writer, meter)
-        tokens = calibration_tokens(recipe, source, lambda done, total: meter.report("calibrate", done, total))
-        original = _held_out_perplexity(job, tokens)
-        numbers = _search_blocks(job, tokens) if recipe.method is Method.AWQ else _round_blocks(job)
+        job = Job(recipe, source, plan, writer, meter)
+        original = _measure(job)
+        numbers = _search_blocks(job) if recipe.method is Method.AWQ else _round_blocks(job)
         _write_plain_tensors(job)
+        quantized = _measure(job)
         report = Report(
-            source=source.name,
+            source=str(source_path.absolute()),
             recipe=recipe,
             group_size=plan.grouping.group_size,
-            calibration_origin=tokens.origin,
-            calibration_digest=tokens.digest,
-            num_calibration_tokens=tokens.calibration.numel(),
+            calibration=numbers.calibration,
             layers=numbers.layers,
             blocks=numbers.blocks,
-            perplexity=_compare(tokens, original, _held_out_perplexity(job, tokens)),
+            perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
             bits_per_weight=bits_per_weight(plan.grouping),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -134,12 +131,13 @@ def expected_bytes(model: PreTrainedModel, plan: BlockPlan) -> int:
     return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
 
 
-def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
+def _search_blocks(job: Job) -> SearchNumbers:
     """AWQ: block after block, each on the states that the quantized blocks before it give."""
-    inputs = embed(job.model.get_submodule(DECODER), tokens.calibration)
+    tokens = calibration_tokens(job.recipe, job.source, lambda done, total: job.meter.report("calibrate", done, total))
+    inputs = embed(job.source.model.get_submodule(DECODER), tokens.ids)
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
-    blocks = job.blocks()
+    blocks = blocks_of(job.source.model)
     job.meter.report("quantize", 0, len(blocks))
     for index, (block_name, block) in enumerate(blocks.items()):
         outcome = search_block(block, block_name, index, inputs, job.plan)
@@ -148,12 +146,13 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
         errors.append(outcome.error)
         _write_packed(job.writer, block_name, outcome.packed)
         job.meter.report("quantize", index + 1, len(blocks))
-    return SearchNumbers(tuple(layers), tuple(errors))
+    summary = CalibrationSummary(tokens.origin, tokens.digest, tokens.ids.numel())
+    return SearchNumbers(summary, tuple(layers), tuple(errors))
 
 
 def _round_blocks(job: Job) -> SearchNumbers:
     """RTN: every block rounded as it is."""
-    blocks = job.blocks()
+    blocks = blocks_of(job.source.model)
     for index, (block_name, block) in enumerate(blocks.items()):
         _write_packed(job.writer, block_name, round_block_plainly(block, job.plan))
         job.meter.report("quantize", index + 1, len(blocks))
@@ -167,8 +166,8 @@ def _write_packed(writer: CheckpointWriter, block_name: str, packed: Mapping[str
 
 def _write_plain_tensors(job: Job) -> None:
     """Write what is not quantized in STORAGE_DTYPE, and give the model the same values. Tied weights are one tensor."""
-    quantized = set(_quantized_modules(job.model, job.plan))
-    for name, parameter in job.model.named_parameters():
+    quantized = set(_quantized_modules(job.source.model, job.plan))
+    for name, parameter in job.source.model.named_parameters():
         if name.removesuffix(".weight") in quantized:
             continue
         stored = parameter.to(STORAGE_DTYPE)
@@ -177,21 +176,13 @@ def _write_plain_tensors(job: Job) -> None:
         parameter.copy_(stored)
 
 
-def _held_out_perplexity(job: Job, tokens: CalibrationTokens) -> float | None:
-    """exp of the mean negative log likelihood of each next token of the held-out rows; None without such rows."""
-    rows = tokens.held_out
-    losses = []
-    for index, row in enumerate(rows):
-        logits = job.model(row[None], use_cache=False).logits[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
-        job.meter.report("evaluate", index + 1, len(rows))
-    return math.exp(sum(losses) / len(losses)) if losses else None
-
-
-def _compare(tokens: CalibrationTokens, original: float | None, quantized: float | None) -> HeldOutPerplexity | None:
-    if original is None or quantized is None:
+def _measure(job: Job) -> float | None:
+    """Perplexity of the model as it is now on text that no calibration has seen; None where nothing was asked."""
+    if job.recipe.num_windows == 0:
         return None
-    return HeldOutPerplexity(tokens.held_out.numel(), original, quantized)
+    options = EvalOptions(job.writer.directory, num_windows=job.recipe.num_windows, window_tokens=WINDOW_TOKENS)
+    windows = cut_windows(job.source.tokenizer, HELD_OUT_TEXT.read_text(encoding="utf-8"), options)
+    return compare({"model": job.source.model}, windows, job.meter)[0].perplexity
 
 
 def _quantized_modules(model: PreTrainedModel, plan: BlockPlan) -> list[str]:

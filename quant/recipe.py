@@ -24,7 +24,7 @@ class Recipe:
 
     calibration: "self" (the model writes its own text), the path of a text file, or the name of a hub data set.
     num_samples, sample_tokens: the calibration text is num_samples rows of sample_tokens tokens each.
-    num_held_out: as many further rows of the text are kept to measure perplexity on; 0 measures nothing.
+    num_windows: perplexity is measured on so many windows of the text that ships with the program; 0 measures nothing.
     Raises RecipeError, naming the option, when a value is out of range.
     """
 
@@ -34,7 +34,7 @@ class Recipe:
     calibration: str = SELF_CALIBRATION
     num_samples: int = 32
     sample_tokens: int = 128
-    num_held_out: int = 4
+    num_windows: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Recipe:
         for name, value in (("calibration samples", self.num_samples), ("calibration tokens", self.sample_tokens)):
             if value < 1:
                 raise RecipeError(f"{name} is {value}; it must be at least 1")
-        for name, value in (("number of held-out rows", self.num_held_out), ("seed", self.seed)):
+        for name, value in (("number of windows", self.num_windows), ("seed", self.seed)):
             if value < 0:
                 raise RecipeError(f"{name} is {value}; it must be 0 or more")
 

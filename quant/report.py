@@ -32,24 +32,30 @@ class BlockError:
 
 
 @dataclass(frozen=True)
-class HeldOutPerplexity:
-    """Perplexity on text kept out of calibration, of the original and of what was written."""
+class CalibrationSummary:
+    """What the search looked at. digest: SHA-256 of the token ids."""
 
+    origin: str
+    digest: str
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class HeldOutPerplexity:
+    """Perplexity on text that no calibration has seen, of the original and of what was written."""
+
     original: float
     quantized: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """One finished quantization. Times in seconds, memory in bytes; bits_per_weight counts the quantized linears."""
+    """One finished quantization. bits_per_weight counts the quantized linears; source is a path to open again."""
 
     source: str
     recipe: Recipe
     group_size: int
-    calibration_origin: str
-    calibration_digest: str
-    num_calibration_tokens: int
+    calibration: CalibrationSummary | None
     layers: tuple[LayerLoss, ...]
     blocks: tuple[BlockError, ...]
     perplexity: HeldOutPerplexity | None
@@ -85,17 +91,15 @@ def summary_table(report: Report) -> Table:
     rows = {
         "source": report.source,
         "method": f"{report.recipe.method.value}, {report.recipe.bits} bits, group size {report.group_size}",
-        "calibration": f"{report.num_calibration_tokens} tokens of {report.calibration_origin}",
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "time": f"{report.seconds:.0f} s",
         "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB",
     }
+    if report.calibration is not None:
+        rows["calibration"] = f"{report.calibration.num_tokens} tokens of {report.calibration.origin}"
     if report.perplexity is not None:
         perplexity = report.perplexity
-        rows["perplexity"] = (
-            f"{perplexity.original:.3f} before, {perplexity.quantized:.3f} after "
-            f"({perplexity.num_tokens} held-out tokens)"
-        )
+        rows["perplexity"] = f"{perplexity.original:.3f} before, {perplexity.quantized:.3f} after, on held-out text"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -1,14 +1,13 @@
-"""Calibration text: rows of the size asked for, held-out rows apart from them, and bad text refused by name."""
+"""Calibration text: rows of the size asked for, and bad text refused by name."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from quant.calibration import calibration_tokens
 from quant.errors import RecipeError, SourceError
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from quant.source import SourceModel, open_source
 from tests.tiny_models import save_tiny_model
 
@@ -22,25 +21,24 @@ def ignore_step(done: int, total: int) -> None:
     pass
 
 
-def recipe_for(text: Path | str, num_samples: int = 3, num_held_out: int = 2) -> Recipe:
-    return Recipe(calibration=str(text), num_samples=num_samples, sample_tokens=10, num_held_out=num_held_out)
+def recipe_for(text: Path | str, num_samples: int = 5) -> Recipe:
+    return Recipe(calibration=str(text), num_samples=num_samples, sample_tokens=10)
 
 
-def test_held_out_rows_share_no_token_with_the_calibration_rows(source: SourceModel, tmp_path: Path) -> None:
+def test_rows_share_no_token_of_the_text(source: SourceModel, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     # one token a byte, and every byte once: tokens can be told apart
     text.write_text("".join(chr(code) for code in range(33, 127)))
     tokens = calibration_tokens(recipe_for(text), source, ignore_step)
-    assert tokens.calibration.shape == (3, 10)
-    assert tokens.held_out.shape == (2, 10)
-    assert not set(tokens.calibration.flatten().tolist()) & set(tokens.held_out.flatten().tolist())
+    assert tokens.ids.shape == (5, 10)
+    assert len(tokens.ids.unique()) == 50
     assert tokens.origin == str(text)
 
 
 def test_rows_are_spread_over_the_whole_text(source: SourceModel, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("a" * 300 + "b" * 700)
-    rows = calibration_tokens(recipe_for(text), source, ignore_step).calibration
+    text.write_text("a" * 500 + "b" * 500)
+    rows = calibration_tokens(recipe_for(text), source, ignore_step).ids
     assert len({tuple(row) for row in rows.tolist()}) > 1
 
 
@@ -62,7 +60,7 @@ def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(source: Source
 def test_json_lines_give_their_text_fields(source: SourceModel, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": letter * 30}) + "\n" for letter in "abc"))
-    rows = calibration_tokens(recipe_for(text), source, ignore_step).calibration
+    rows = calibration_tokens(recipe_for(text), source, ignore_step).ids
     assert source.tokenizer.decode(rows[0]) == "a" * 10
 
 
@@ -84,18 +82,3 @@ def test_a_file_that_is_no_text_is_refused(source: SourceModel, tmp_path: Path) 
     text.write_bytes(b"\xff\xfe\x00" * 100)
     with pytest.raises(SourceError, match="cannot be read as UTF-8"):
         calibration_tokens(recipe_for(text), source, ignore_step)
-
-
-def test_plain_rounding_asks_for_held_out_rows_only(source: SourceModel) -> None:
-    tokens = calibration_tokens(Recipe(method=Method.RTN, sample_tokens=8, num_held_out=1), source, ignore_step)
-    assert tokens.calibration.shape == (0, 8)
-    assert tokens.held_out.shape == (1, 8)
-    assert bool((tokens.held_out < source.config.vocab_size).all())
-
-
-def test_nothing_is_written_where_nothing_is_looked_at(source: SourceModel) -> None:
-    def fail(done: int, total: int) -> None:
-        raise AssertionError("no text was asked for")
-
-    tokens = calibration_tokens(Recipe(method=Method.RTN, num_held_out=0), source, fail)
-    assert torch.numel(tokens.held_out) == 0

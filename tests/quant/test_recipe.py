@@ -14,7 +14,7 @@ from quant.recipe import Recipe, choose_group_size
         ("calibration", " ", "calibration is empty"),
         ("num_samples", 0, "calibration samples is 0"),
         ("sample_tokens", -1, "calibration tokens is -1"),
-        ("num_held_out", -1, "number of held-out rows is -1"),
+        ("num_windows", -1, "number of windows is -1"),
         ("seed", -3, "seed is -3"),
     ],
 )

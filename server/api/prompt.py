@@ -51,8 +51,8 @@ def choose_max_tokens(prompt: Sequence[int], model: ModelInfo, *, requested: int
     if requested > room:
         raise ContextLengthExceeded(
             f"this model's context is {model.max_model_len} tokens, and {len(prompt) + requested} were asked for: "
-            f"{len(prompt)} in the prompt and {requested} to generate; shorten the prompt, or set max_tokens to at most "
-            f"{room}",
+            f"{len(prompt)} in the prompt and {requested} to generate; shorten the prompt, or set max_tokens to {room} "
+            "or less",
             param="max_tokens",
         )
     return requested

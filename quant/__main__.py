@@ -1,5 +1,11 @@
 """`python -m quant`: the quantizer's command line."""
 
+import os
+
+# torch's threads wait for each other by spinning unless told otherwise before it is loaded; on a machine that is busy
+# with anything else (the server, for one) that takes six times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from quant.cli import main
 
 if __name__ == "__main__":

@@ -80,16 +80,16 @@ def test_the_served_model_is_listed(client: TestClient) -> None:
 
 
 def test_a_finished_quantization_is_listed(make_app: AppFactory, tmp_path: Path) -> None:
-    with TestClient(make_app()) as client:
-        # given a job that made a checkpoint
-        output = tmp_path / "models" / "mine-awq"
-        output.mkdir(parents=True)
-        store = make_app.stores[-1]
-        job = store.submit(JobRecipe("source", output, 4, None, "awq", "self"))
-        assert client.get("/v1/models").json()["data"][1:] == []
-        store.claim_next()
-        store.succeed(job.id, None)
-        # then it is there, and said to be no more than finished
+    # given a job that has made a checkpoint
+    output = tmp_path / "models" / "mine-awq"
+    output.mkdir(parents=True)
+    app = make_app()
+    store = make_app.stores[-1]
+    job = store.submit(JobRecipe("source", output, 4, None, "awq", "self"))
+    store.claim_next()
+    store.succeed(job.id, None)
+    # then it is there, and said to be no more than finished
+    with TestClient(app) as client:
         [finished] = client.get("/v1/models").json()["data"][1:]
         assert (finished["id"], finished["root"], finished["status"]) == ("mine-awq", str(output), "finished")
         assert client.post("/v1/completions", json={"prompt": "a", "model": "mine-awq"}).status_code == 404

@@ -25,8 +25,8 @@ class CpuTraits:
     dense_dtype: torch.dtype
 
 
-# AVX2: measured on 2 cores, 3072x576, int4 op against dequantize and float32 product: 1 row 0.22 against 3.1 ms,
-# 64 rows 7.4 against 8.5 ms, 128 rows 15 against 11 ms
+# AVX2, measured on one core (AMD Zen, 2 GHz), 3072x576, int4 op against dequantization (4.3 ms) and float32 product:
+# 1 row 0.4 against 5.3 ms, 32 rows 7.4 against 9.3, 64 rows 14.5 against 13.0, 128 rows 29 against 19
 AVX2_TRAITS = CpuTraits(max_int4_op_rows=64, dense_dtype=torch.float32)
 # with bf16 matrix instructions the dense product is about nine times the int4 op's speed (one Xeon core, 4096x4096:
 # 767 against 83 GFLOP/s), and the dequantization is what has to pay off; not measured with it

@@ -41,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class GracefulServer(uvicorn.Server):
-    """uvicorn, with the engine drained before connections close: SIGTERM ends requests in order, a second one at once.
+    """uvicorn, with the engine drained before connections close: SIGTERM lets requests finish, a second one ends them.
 
     announce: called when the model is ready. failure: why the engine never got ready, once that is known.
     """
@@ -62,7 +62,9 @@ class GracefulServer(uvicorn.Server):
         self._engine = engine
         self._announce = announce
         self._drain_seconds = settings.drain_seconds
+        self._num_signals = 0
         self._hurry = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -84,12 +86,16 @@ class GracefulServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
-        """End in order, with exit status 0, where uvicorn would end by the signal itself; the second time at once."""
-        if self.should_exit:
+        """End in order, with exit status 0, where uvicorn would end by the signal itself.
+
+        The second signal ends the requests under way too; the third waits for nothing more.
+        """
+        self._num_signals += 1
+        self.should_exit = True
+        self.force_exit = self._num_signals > 2
+        if self._num_signals > 1 and self._loop is not None:
             # from a signal handler, which must wake the loop by itself
             self._loop.call_soon_threadsafe(self._hurry.set)
-            self.force_exit = True
-        self.should_exit = True
 
     async def _watch_start(self) -> None:
         status = await self._engine.wait_until_settled()

@@ -1,5 +1,6 @@
 """The server on its socket: what it refuses before a request is one, and how it ends."""
 
+import asyncio
 import signal
 import socket
 import threading
@@ -21,8 +22,9 @@ DEADLINE_SECONDS = 20.0
 class SettledEngine:
     """An engine that has ended its start, and counts how it is stopped. It answers nothing."""
 
-    def __init__(self, state: str, detail: str = "") -> None:
+    def __init__(self, state: str, detail: str = "", *, drains: bool = True) -> None:
         self.stops: list[float] = []
+        self._drains = drains
         self._status = EngineStatus(state, detail, None, None)  # type: ignore[arg-type]
 
     async def start(self) -> None:
@@ -33,12 +35,21 @@ class SettledEngine:
 
     async def stop(self, drain_seconds: float) -> None:
         self.stops.append(drain_seconds)
+        if drain_seconds and not self._drains:
+            await asyncio.Event().wait()
 
     def generate(self, request: object) -> object:
         raise AssertionError("nothing is generated here")
 
     def status(self) -> EngineStatus:
         return self._status
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.01)
 
 
 def run(engine: SettledEngine, while_it_runs: Callable[[GracefulServer, int], None]) -> GracefulServer:
@@ -94,17 +105,26 @@ def test_the_end_drains_the_engine_first() -> None:
     assert engine.stops == [3]
 
 
-def test_two_signals_end_at_once() -> None:
-    def interrupt(server: GracefulServer, _port: int) -> None:
-        server.handle_exit(signal.SIGTERM, None)
-        assert server.should_exit
-        assert not server.force_exit
-        server.handle_exit(signal.SIGTERM, None)
-        assert server.force_exit
+def test_a_second_signal_ends_the_drain() -> None:
+    # given an engine whose requests would not end by themselves
+    engine = SettledEngine("ready", drains=False)
 
-    started = time.monotonic()
-    run(SettledEngine("ready"), interrupt)
-    assert time.monotonic() - started < DEADLINE_SECONDS
+    def interrupt_twice(server: GracefulServer, _port: int) -> None:
+        server.handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: engine.stops == [3])
+        server.handle_exit(signal.SIGTERM, None)
+
+    server = run(engine, interrupt_twice)
+    assert engine.stops == [3, 0]
+    assert not server.force_exit
+
+
+def test_a_third_signal_waits_for_nothing() -> None:
+    def interrupt_thrice(server: GracefulServer, _port: int) -> None:
+        for _ in range(3):
+            server.handle_exit(signal.SIGTERM, None)
+
+    assert run(SettledEngine("ready"), interrupt_thrice).force_exit
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_the_reason() -> None:

@@ -41,10 +41,6 @@ class EngineLoop:
         if event is not None:
             self._publish_event(event)
 
-    def abort_all(self) -> None:
-        for request_id in self._scheduler.request_ids:
-            self.abort(request_id)
-
     def step(self) -> None:
         """Run one step, if there is anything to do."""
         plan = self._scheduler.plan_step()

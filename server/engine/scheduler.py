@@ -53,10 +53,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
-    @property
-    def request_ids(self) -> tuple[str, ...]:
-        return tuple(self._sequences)
-
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._running),

@@ -100,9 +100,9 @@ def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
         while pending and rng.random() < 0.4:
             engine.loop.submit(pending.pop())
         if rng.random() < 0.08:
-            target = rng.choice(arrivals[: len(arrivals) - len(pending)] or arrivals[:1]).request_id
-            if engine.scheduler.request_ids and target in engine.scheduler.request_ids:
-                aborted.add(target)
+            target = rng.choice(arrivals).request_id
+            is_under_way = target not in {one.request_id for one in pending} and not engine.finish_reasons(target)
+            aborted |= {target} if is_under_way else set()
             engine.loop.abort(target)
         engine.loop.step()
         engine.loop.check_integrity()

@@ -16,7 +16,7 @@ from tests.server.api.conftest import AppFactory
 MAX_BODY_BYTES = 2048
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text('ab"\\[]{}'),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text('ab"\\[]{}'),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"\\[{'), inner, max_size=3),
 )
 

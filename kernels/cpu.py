@@ -1,6 +1,6 @@
-"""The operations on a CPU, at a useful speed: torch's int4 op and dense products, attention over gathered keys.
+"""Linear layers and norms on a CPU, at a useful speed: torch's int4 op for few rows, dense products for many.
 
-Legend: M = rows, N = out features, K = in features, T = tokens of the step, B = sequences, H = heads, D = head width.
+Legend: M = rows, N = out features, K = in features.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,6 @@ import torch
 from torch import Tensor
 
 from kernels.layout import PackedWeight, WeightLayout, unpack_int4_cpu
-from kernels.paged_batch import AttentionBatch, PagedLayer
-
-# bounds the keys and values that are gathered at once, which would not stay in the cache of the processor anyway
-MAX_GATHERED_TOKENS = 8192
-# queries of a prompt that share one mask: later keys than the last of them are never touched
-QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -87,111 +81,3 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scales = norms.square_().mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
     return (x * scales).mul_(weight).to(x.dtype)
-
-
-def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, slot_mapping: Tensor) -> None:
-    """Write keys and values [T, H_kv, D] into the slots int64 [T] of the cache."""
-    rows = _cache_rows(slot_mapping // layer.block_size, slot_mapping % layer.block_size, layer).flatten()
-    for cache, new in ((layer.keys, keys), (layer.values, values)):
-        cache.view(-1, cache.shape[-1]).index_copy_(0, rows, new.to(cache.dtype).flatten(0, 1))
-
-
-def paged_attention(
-    query: Tensor, layer: PagedLayer, batch: AttentionBatch, *, softmax_scale: float, sliding_window: int | None = None
-) -> Tensor:
-    """Causal attention of query [T, H, D] over each sequence's blocks; [T, H, D]. See `kernels.reference`.
-
-    Sequences with one new token are attended together, padded to the longest; prompts one after the other. A slot of
-    the cache is read only by the sequence that wrote it.
-    """
-    output = torch.empty(query.shape, dtype=query.dtype)
-    starts, context_lens = batch.query_starts.tolist(), batch.context_lens.tolist()
-    settings = _AttentionSettings(softmax_scale, sliding_window or batch.max_context_len)
-    single: list[int] = []
-    for sequence, context_len in enumerate(context_lens):
-        start, stop = starts[sequence], starts[sequence + 1]
-        if stop - start == 1:
-            single.append(sequence)
-        else:
-            table = batch.block_tables[sequence : sequence + 1]
-            output[start:stop] = _attend_prompt(query[start:stop], layer, table, context_len, settings)
-    sequences_at_once = max(1, MAX_GATHERED_TOKENS // batch.max_context_len)
-    for first in range(0, len(single), sequences_at_once):
-        sequences = single[first : first + sequences_at_once]
-        lens = [context_lens[sequence] for sequence in sequences]
-        rows = [starts[sequence] for sequence in sequences]
-        output[rows] = _attend_single(query[rows], layer, batch.block_tables[sequences], lens, settings)
-    return output
-
-
-@dataclass(frozen=True)
-class _AttentionSettings:
-    """window: how many tokens back a token sees, itself included."""
-
-    softmax_scale: float
-    window: int
-
-
-def _attend_single(
-    query: Tensor, layer: PagedLayer, block_tables: Tensor, context_lens: list[int], settings: _AttentionSettings
-) -> Tensor:
-    """One query a sequence, [B, H, D], against the last `window` tokens of its context."""
-    num_visible = torch.tensor([min(context_len, settings.window) for context_len in context_lens])
-    last = torch.tensor(context_lens) - 1
-    steps = torch.arange(int(num_visible.max()))
-    # a shorter sequence reads its own last token again, and masks it
-    positions = torch.minimum((last - num_visible + 1)[:, None] + steps, last[:, None])
-    keys, values = _gather(layer, block_tables, positions)
-    # the query heads of a key head take the place of queries of that head: no key is repeated
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        query.view(len(query), keys.shape[1], -1, query.shape[-1]),
-        keys,
-        values,
-        attn_mask=None if len(query) == 1 else (steps < num_visible[:, None])[:, None, None],
-        scale=settings.softmax_scale,
-    )
-    return attended.reshape(query.shape)
-
-
-def _attend_prompt(
-    query: Tensor, layer: PagedLayer, block_table: Tensor, context_len: int, settings: _AttentionSettings
-) -> Tensor:
-    """The last tokens of one sequence, [T, H, D], each against its own past: a block of queries after the other."""
-    first_query = context_len - len(query)
-    first_key = max(0, first_query - settings.window + 1)
-    keys, values = _gather(layer, block_table, torch.arange(first_key, context_len)[None])
-    outputs = []
-    for start in range(first_query, context_len, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, context_len)
-        first_visible = max(0, start - settings.window + 1)
-        query_positions = torch.arange(start, stop)[:, None]
-        key_positions = torch.arange(first_visible, stop)
-        visible = (key_positions <= query_positions) & (key_positions > query_positions - settings.window)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            query[start - first_query : stop - first_query].transpose(0, 1)[None],
-            keys[:, :, first_visible - first_key : stop - first_key],
-            values[:, :, first_visible - first_key : stop - first_key],
-            attn_mask=visible,
-            scale=settings.softmax_scale,
-            enable_gqa=True,
-        )
-        outputs.append(attended[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _gather(layer: PagedLayer, block_tables: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H_kv, L, D] at positions int64 [B, L] of the sequences that own the block tables."""
-    blocks = block_tables.long().gather(1, positions // layer.block_size)
-    rows = _cache_rows(blocks, positions % layer.block_size, layer).transpose(1, 2)
-    keys, values = (
-        cache.view(-1, cache.shape[-1]).index_select(0, rows.flatten()).view(*rows.shape, -1)
-        for cache in (layer.keys, layer.values)
-    )
-    return keys, values
-
-
-def _cache_rows(blocks: Tensor, offsets: Tensor, layer: PagedLayer) -> Tensor:
-    """int64 [..., H_kv]: where each head's vector lies when the cache is seen as one list of vectors."""
-    num_heads, block_size = layer.keys.shape[1:3]
-    heads = torch.arange(num_heads)
-    return (blocks[..., None] * num_heads + heads) * block_size + offsets[..., None]

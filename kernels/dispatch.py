@@ -1,14 +1,20 @@
 """Picks the kernel for an operation from (device, rows) in plain functions. An absent kernel is an error."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, cpu_attention
+from kernels.cpu_attention import CpuAttentionPlan
 from kernels.layout import PackedWeight, WeightLayout, repack_int4_cpu, repack_planar
 from kernels.paged_batch import AttentionBatch, PagedLayer
 
 # up to here the GPU kernel for few rows (decode) is used, above the one for many (prefill)
 MAX_GEMV_ROWS = 64
+
+# on a GPU the batch itself is the plan: its kernels read block tables
+AttentionPlan = AttentionBatch | CpuAttentionPlan
 
 
 def runtime_layout(device: torch.device) -> WeightLayout:
@@ -53,6 +59,11 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
     return gemm_int4(x, weight, bias)
 
 
+def max_rows_together(device: torch.device) -> int | None:
+    """How many rows a linear layer can take with no row's result depending on the others; None: it says nothing."""
+    return cpu.cpu_traits().max_int4_op_rows if device.type == "cpu" else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) * weight over the last axis, computed in float32, in x's dtype."""
     if x.device.type == "cpu":
@@ -61,27 +72,35 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, slot_mapping: Tensor) -> None:
-    """Write keys and values [T, H_kv, D] into the slots int64 [T] of the cache."""
-    if keys.device.type == "cpu":
-        cpu.write_kv(keys, values, layer, slot_mapping)
+def plan_attention(batch: AttentionBatch, layer: PagedLayer, windows: Iterable[int | None]) -> AttentionPlan:
+    """What all layers of a step share: caches of the shape of `layer`, sliding windows among `windows`."""
+    if layer.keys.device.type == "cpu":
+        return cpu_attention.plan_attention(batch, layer, windows)
+    _require_cuda(layer.keys.device)
+    return batch
+
+
+def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, plan: AttentionPlan) -> None:
+    """Write the step's keys and values [T, H_kv, D] into the cache."""
+    if isinstance(plan, CpuAttentionPlan):
+        cpu_attention.write_kv(keys, values, layer, plan)
         return
-    _require_cuda(keys.device)
     from kernels import paged_attention
 
-    paged_attention.write_kv(keys, values, layer, slot_mapping)
+    paged_attention.write_kv(keys, values, layer, plan.slot_mapping)
 
 
 def attention(
-    query: Tensor, layer: PagedLayer, batch: AttentionBatch, *, softmax_scale: float, sliding_window: int | None = None
+    query: Tensor, layer: PagedLayer, plan: AttentionPlan, *, softmax_scale: float, sliding_window: int | None = None
 ) -> Tensor:
     """Causal attention of query [T, H, D] over each sequence's cached blocks: [T, H, D] in the query's dtype."""
-    if query.device.type == "cpu":
-        return cpu.paged_attention(query, layer, batch, softmax_scale=softmax_scale, sliding_window=sliding_window)
-    _require_cuda(query.device)
+    if isinstance(plan, CpuAttentionPlan):
+        return cpu_attention.paged_attention(
+            query, layer, plan, softmax_scale=softmax_scale, sliding_window=sliding_window
+        )
     from kernels.paged_attention import paged_attention
 
-    return paged_attention(query, layer, batch, softmax_scale=softmax_scale, sliding_window=sliding_window)
+    return paged_attention(query, layer, plan, softmax_scale=softmax_scale, sliding_window=sliding_window)
 
 
 def _require_cuda(device: torch.device) -> None:

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.paged_batch import PagedLayer
 from server.engine.logprobs import collect_logprobs
 from server.engine.request import TokenLogprob
 from server.engine.sampler import sample
 from server.engine.step_plan import PromptLogprobRows, SampledToken, StepPlan, StepResult
-from server.engine.step_tensors import build_step_tensors
+from server.engine.step_tensors import build_step_tensors, group_sequences
 from server.model.decoder import Decoder
 
 # prompt tokens scored at once: a whole prompt times the vocabulary would not fit beside the model
@@ -26,13 +27,19 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's tokens and draw one token for each of its sampling rows."""
-        step = build_step_tensors(plan, self._kv_layers[0].block_size, self._device)
-        hidden = self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
+        runs = group_sequences(plan, dispatch.max_rows_together(self._device))
+        hidden = torch.cat([self._compute(plan, sequences) for sequences in runs])
         tokens: tuple[SampledToken, ...] = ()
         # a step may hold nothing but the first part of a prompt
         if plan.sampling_rows:
-            tokens = sample(self._decoder.compute_logits(hidden[step.sampled]), plan.sampling_rows)
+            sampled = hidden[[row.token_index for row in plan.sampling_rows]]
+            tokens = sample(self._decoder.compute_logits(sampled), plan.sampling_rows)
         return StepResult(tokens, tuple(self._score_prompt(hidden, rows) for rows in plan.prompt_logprob_rows))
+
+    def _compute(self, plan: StepPlan, sequences: range) -> Tensor:
+        """Normalized hidden states [T, hidden] of these sequences' tokens."""
+        step = build_step_tensors(plan, sequences, self._kv_layers[0].block_size, self._device)
+        return self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
 
     def _score_prompt(self, hidden: Tensor, rows: PromptLogprobRows) -> tuple[TokenLogprob, ...]:
         scores: list[TokenLogprob] = []

@@ -13,31 +13,51 @@ from server.engine.step_plan import StepPlan
 
 @dataclass(frozen=True)
 class StepTensors:
-    """token_ids, positions: int64 [T]. sampled: int64 [S], the flat index of each sampling row."""
+    """token_ids, positions: int64 [T]."""
 
     token_ids: Tensor
     positions: Tensor
-    sampled: Tensor
     batch: AttentionBatch
 
 
-def build_step_tensors(plan: StepPlan, block_size: int, device: torch.device) -> StepTensors:
-    """The plan's arrays on the device; from pinned memory and without waiting, where that is a GPU."""
-    query_lens = np.diff(plan.query_starts)
+def group_sequences(plan: StepPlan, max_rows: int | None) -> list[range]:
+    """The sequences of a plan, in their order, in runs of at most max_rows tokens; a longer sequence runs alone.
+
+    Which run a sequence falls into follows from its own number of tokens: runs of several never have more than
+    max_rows. None puts them all in one run.
+    """
+    num_sequences = len(plan.context_lens)
+    if max_rows is None:
+        return [range(num_sequences)]
+    runs = []
+    first = 0
+    for stop in range(1, num_sequences + 1):
+        is_last = stop == num_sequences
+        if is_last or plan.query_starts[stop + 1] - plan.query_starts[first] > max_rows:
+            runs.append(range(first, stop))
+            first = stop
+    return runs
+
+
+def build_step_tensors(plan: StepPlan, sequences: range, block_size: int, device: torch.device) -> StepTensors:
+    """The arrays of these sequences of the plan on the device; from pinned memory, without waiting, on a GPU."""
+    query_starts = plan.query_starts[sequences.start : sequences.stop + 1]
+    positions = plan.positions[query_starts[0] : query_starts[-1]]
+    context_lens = plan.context_lens[sequences.start : sequences.stop]
+    block_tables = plan.block_tables[sequences.start : sequences.stop]
+    query_lens = np.diff(query_starts)
     sequence_of_token = np.repeat(np.arange(len(query_lens)), query_lens)
-    blocks = plan.block_tables[sequence_of_token, plan.positions // block_size].astype(np.int64)
-    sampled = np.array([row.token_index for row in plan.sampling_rows], dtype=np.int64)
+    blocks = block_tables[sequence_of_token, positions // block_size].astype(np.int64)
     return StepTensors(
-        token_ids=_copy(plan.token_ids, device),
-        positions=_copy(plan.positions, device),
-        sampled=_copy(sampled, device),
+        token_ids=_copy(plan.token_ids[query_starts[0] : query_starts[-1]], device),
+        positions=_copy(positions, device),
         batch=AttentionBatch(
-            query_starts=_copy(plan.query_starts, device),
-            context_lens=_copy(plan.context_lens, device),
-            block_tables=_copy(plan.block_tables, device),
-            slot_mapping=_copy(blocks * block_size + plan.positions % block_size, device),
+            query_starts=_copy(query_starts - query_starts[0], device),
+            context_lens=_copy(context_lens, device),
+            block_tables=_copy(block_tables, device),
+            slot_mapping=_copy(blocks * block_size + positions % block_size, device),
             max_query_len=int(query_lens.max()),
-            max_context_len=int(plan.context_lens.max()),
+            max_context_len=int(context_lens.max()),
         ),
     )
 

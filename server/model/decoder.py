@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.dispatch import AttentionPlan
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from server.model.layers import Linear, RmsNorm, Rotation, rotation_at
 
@@ -27,7 +28,7 @@ class Attention:
     head_dim: int
     sliding_window: int | None
 
-    def __call__(self, x: Tensor, rotation: Rotation, batch: AttentionBatch, kv_layer: PagedLayer) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, plan: AttentionPlan, kv_layer: PagedLayer) -> Tensor:
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         queries_and_keys, values = heads[:, :num_rotated], heads[:, num_rotated:]
@@ -36,9 +37,9 @@ class Attention:
             queries_and_keys = torch.cat((self.query_norm(queries), self.key_norm(keys)), dim=1)
         rotated = rotation(queries_and_keys)
         queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        dispatch.write_kv(keys, values, kv_layer, batch.slot_mapping)
+        dispatch.write_kv(keys, values, kv_layer, plan)
         attended = dispatch.attention(
-            queries, kv_layer, batch, softmax_scale=self.head_dim**-0.5, sliding_window=self.sliding_window
+            queries, kv_layer, plan, softmax_scale=self.head_dim**-0.5, sliding_window=self.sliding_window
         )
         return self.output(attended.flatten(1))
 
@@ -62,8 +63,8 @@ class DecoderLayer:
     mlp_norm: RmsNorm
     mlp: Mlp
 
-    def __call__(self, hidden: Tensor, rotation: Rotation, batch: AttentionBatch, kv_layer: PagedLayer) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, batch, kv_layer)
+    def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, kv_layer: PagedLayer) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, plan, kv_layer)
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
@@ -86,8 +87,10 @@ class Decoder:
         """
         hidden = torch.nn.functional.embedding(token_ids, self.embedding)
         rotation = rotation_at(positions, self.inverse_frequencies, hidden.dtype)
+        windows = {layer.attention.sliding_window for layer in self.layers}
+        plan = dispatch.plan_attention(batch, kv_layers[0], windows)
         for layer, kv_layer in zip(self.layers, kv_layers, strict=True):
-            hidden = layer(hidden, rotation, batch, kv_layer)
+            hidden = layer(hidden, rotation, plan, kv_layer)
         return self.final_norm(hidden)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels.layout import PackedWeight, repack_int4_cpu, unpack
-from kernels.paged_batch import PagedLayer
 from tests.kernels.packed_weights import random_packed_weight
-from tests.paged_cache import Chunk, build_batch, build_layers
 
 # half a unit in the last of bf16's 8 significant bits
 BF16_ROUNDING = 2.0**-8
@@ -150,76 +148,3 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square(shape: tuple[int, ...],
     exact = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     assert output.dtype == dtype
     torch.testing.assert_close(output, exact.to(dtype))
-
-
-def test_write_kv_is_the_reference() -> None:
-    ours, theirs = (PagedLayer(torch.zeros(4, 3, 5, 8), torch.zeros(4, 3, 5, 8)) for _ in range(2))
-    keys, values = random_rows(6, 24).view(6, 3, 8), random_rows(6, 24, seed=1).view(6, 3, 8)
-    slots = torch.tensor([19, 0, 7, 5, 4, 12])
-
-    cpu.write_kv(keys, values, ours, slots)
-    reference.write_kv(keys, values, theirs, slots)
-
-    assert torch.equal(ours.keys, theirs.keys)
-    assert torch.equal(ours.values, theirs.values)
-
-
-def attention_case(chunks: list[tuple[int, int]], block_size: int, num_heads: int = 6) -> tuple[Tensor, ...]:
-    """Attention by the kernel and by the reference over (num_cached, num_new) chunks; unwritten slots hold NaN."""
-    generator = torch.Generator().manual_seed(0)
-    num_blocks = [-(-sum(chunk) // block_size) for chunk in chunks]
-    order = torch.randperm(sum(num_blocks) + 1, generator=generator).tolist()
-    placed = [
-        Chunk([order.pop() for _ in range(count)], *chunk) for count, chunk in zip(num_blocks, chunks, strict=True)
-    ]
-    [layer] = build_layers(1, num_blocks=sum(num_blocks) + 1, num_kv_heads=2, block_size=block_size, head_dim=8)
-    for chunk in placed:
-        written = build_batch([Chunk(chunk.blocks, 0, chunk.num_cached + chunk.num_new)], block_size).slot_mapping
-        for cache in (layer.keys, layer.values):
-            new = torch.randn(len(written), 2, 8, generator=generator)
-            cache[written // block_size, :, written % block_size] = new
-    batch = build_batch(placed, block_size)
-    query = torch.randn(len(batch.slot_mapping), num_heads, 8, generator=generator)
-    windows = (None, 1, 5, 1000)
-    return tuple(
-        torch.stack([attend(query, layer, batch, softmax_scale=0.3, sliding_window=window) for window in windows])
-        for attend in (cpu.paged_attention, reference.paged_attention)
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    chunks=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 1, 2, 7, 30])), min_size=1, max_size=6),
-    block_size=st.sampled_from([1, 3, 16]),
-)
-def test_attention_is_the_reference(chunks: list[tuple[int, int]], block_size: int) -> None:
-    ours, theirs = attention_case(chunks, block_size)
-
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        pytest.param([(0, 2 * cpu.QUERY_BLOCK + 3)], id="a prompt of several query blocks"),
-        pytest.param([(100, cpu.QUERY_BLOCK + 1), (9, 1)], id="a long chunk after a cached start"),
-        pytest.param([(3 * cpu.MAX_GATHERED_TOKENS // 4, 1)] * 3, id="more context than is gathered at once"),
-    ],
-)
-def test_attention_over_long_contexts_is_the_reference(chunks: list[tuple[int, int]]) -> None:
-    ours, theirs = attention_case(chunks, block_size=16, num_heads=2)
-
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
-def test_attention_keeps_the_dtype_of_the_query() -> None:
-    layer = PagedLayer(*(random_rows(2, 64, seed=seed).view(2, 2, 4, 8).bfloat16() for seed in (0, 1)))
-    batch = build_batch([Chunk([0], 2, 1), Chunk([1], 0, 3)], 4)
-    query = random_rows(4, 32).view(4, 4, 8).bfloat16()
-
-    ours, theirs = (
-        attend(query, layer, batch, softmax_scale=0.3) for attend in (cpu.paged_attention, reference.paged_attention)
-    )
-
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)

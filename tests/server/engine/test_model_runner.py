@@ -3,8 +3,10 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,8 @@ from server.engine.config import EngineConfig
 from server.engine.loop import EngineLoop
 from server.engine.request import EngineNews, FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob
 from server.engine.sampler import NOT_FINITE
+from server.engine.step_plan import StepPlan
+from server.engine.step_tensors import group_sequences
 from tests.tiny_models import save_tiny_model
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
@@ -114,6 +118,28 @@ def test_seeded_output_does_not_depend_on_the_batch(tiny_model: Path) -> None:
     assert Engine(config(tiny_model)).run(*mates, target)[-1] == alone
     other_seed = GenerationRequest("other", target.prompt_token_ids, replace(params, seed=8))
     assert Engine(config(tiny_model)).run(other_seed)[0] != alone
+
+
+@pytest.mark.parametrize("lens", [[1], [64], [65], [200], [1, 1, 1], [60, 5, 59, 1], [64, 64], [1, 200, 1, 63]])
+def test_sequences_run_in_groups_of_few_rows_and_long_ones_alone(lens: list[int]) -> None:
+    plan = StepPlan(
+        request_ids=tuple(map(str, range(len(lens)))),
+        token_ids=np.zeros(sum(lens), dtype=np.int64),
+        positions=np.concatenate([np.arange(length) for length in lens]),
+        query_starts=np.cumsum([0, *lens], dtype=np.int32),
+        context_lens=np.array(lens, dtype=np.int32),
+        block_tables=np.zeros((len(lens), 200), dtype=np.int32),
+        sampling_rows=(),
+    )
+
+    runs = group_sequences(plan, 64)
+
+    assert [index for run in runs for index in run] == list(range(len(lens)))
+    for run in runs:
+        assert sum(lens[index] for index in run) <= 64 or len(run) == 1
+    # no two neighbouring runs could have been one
+    assert all(sum(lens[a.start : b.stop]) > 64 for a, b in pairwise(runs))
+    assert group_sequences(plan, None) == [range(len(lens))]
 
 
 def test_a_stop_token_ends_the_output_and_is_its_last_token(tiny_model: Path) -> None:

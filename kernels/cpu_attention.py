@@ -1,0 +1,127 @@
+"""Attention over a paged cache on a CPU: planned once per step, then a few ops per sequence and layer.
+
+Legend: T = tokens of the step, t = queries of a part, L = keys they see, H = heads, D = head width.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kernels.paged_batch import AttentionBatch, PagedLayer
+
+# queries of a prompt that share one mask: later keys than the last of them are never touched
+QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """Queries that are attended in one go: the one new token of a sequence, or a block of its prompt.
+
+    It holds tokens start .. stop of the step. key_rows: int64 [H_kv * L], where each key lies when a cache is seen as
+    one list of vectors. visible: bool [t, L], None for a single query, which sees every key.
+    """
+
+    start: int
+    stop: int
+    key_rows: Tensor
+    visible: Tensor | None
+
+
+@dataclass(frozen=True)
+class CpuAttentionPlan:
+    """What all layers of a step share. write_rows: int64 [T * H_kv], where the new keys go; parts by sliding window."""
+
+    write_rows: Tensor
+    parts: dict[int | None, tuple[AttentionPart, ...]]
+
+
+def plan_attention(batch: AttentionBatch, layer: PagedLayer, windows: Iterable[int | None]) -> CpuAttentionPlan:
+    """The plan of a step for layers whose caches have the shape of `layer`, with these sliding windows."""
+    return CpuAttentionPlan(
+        write_rows=_vector_rows(batch.slot_mapping, layer).flatten(),
+        parts={window: tuple(_plan_parts(batch, layer, window or batch.max_context_len)) for window in set(windows)},
+    )
+
+
+def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, plan: CpuAttentionPlan) -> None:
+    """Write the step's keys and values [T, H_kv, D] into the cache."""
+    for cache, new in ((layer.keys, keys), (layer.values, values)):
+        cache.view(-1, cache.shape[-1]).index_copy_(0, plan.write_rows, new.to(cache.dtype).flatten(0, 1))
+
+
+def paged_attention(
+    query: Tensor,
+    layer: PagedLayer,
+    plan: CpuAttentionPlan,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of query [T, H, D] over each sequence's blocks; [T, H, D]. See `kernels.reference`.
+
+    A slot of the cache is read only by the sequence that wrote it. Each sequence is attended by itself: padding it to
+    the longest of the step would let the step's other sequences turn its last bits.
+    """
+    output = torch.empty(query.shape, dtype=query.dtype)
+    num_kv_heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
+    for part in plan.parts[sliding_window]:
+        keys, values = (
+            cache.view(-1, head_dim).index_select(0, part.key_rows).view(1, num_kv_heads, -1, head_dim)
+            for cache in (layer.keys, layer.values)
+        )
+        queries = query[part.start : part.stop]
+        if part.visible is None:
+            # the query heads of a key head take the place of queries of that head: no key is repeated
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                queries.view(1, num_kv_heads, -1, head_dim), keys, values, scale=softmax_scale
+            )
+            output[part.start : part.stop] = attended.view(queries.shape)
+        else:
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                queries.transpose(0, 1)[None],
+                keys,
+                values,
+                attn_mask=part.visible,
+                scale=softmax_scale,
+                enable_gqa=True,
+            )
+            output[part.start : part.stop] = attended[0].transpose(0, 1)
+    return output
+
+
+def _plan_parts(batch: AttentionBatch, layer: PagedLayer, window: int) -> Iterator[AttentionPart]:
+    starts, context_lens = batch.query_starts.tolist(), batch.context_lens.tolist()
+    for (start, stop), context_len, block_table in zip(pairwise(starts), context_lens, batch.block_tables, strict=True):
+        if stop - start == 1:
+            keys = torch.arange(max(0, context_len - window), context_len)
+            yield AttentionPart(start, stop, _key_rows(block_table, keys, layer), None)
+        else:
+            yield from _plan_prompt(start, range(context_len - (stop - start), context_len), block_table, layer, window)
+
+
+def _plan_prompt(
+    start: int, positions: range, block_table: Tensor, layer: PagedLayer, window: int
+) -> Iterator[AttentionPart]:
+    """One sequence's tokens from `start` of the step on, each against its own past: a block of them after the other."""
+    for first in range(0, len(positions), QUERY_BLOCK):
+        block = positions[first : first + QUERY_BLOCK]
+        keys = torch.arange(max(0, block.start - window + 1), block.stop)
+        queries = torch.arange(block.start, block.stop)[:, None]
+        visible = (keys <= queries) & (keys > queries - window)
+        yield AttentionPart(start + first, start + first + len(block), _key_rows(block_table, keys, layer), visible)
+
+
+def _key_rows(block_table: Tensor, positions: Tensor, layer: PagedLayer) -> Tensor:
+    """int64 [H_kv * L] of positions [L] in the sequence that owns the block table."""
+    blocks = block_table.long().index_select(0, positions // layer.block_size)
+    return _vector_rows(blocks * layer.block_size + positions % layer.block_size, layer).t().flatten()
+
+
+def _vector_rows(slots: Tensor, layer: PagedLayer) -> Tensor:
+    """int64 [L, H_kv] of slots [L]: where each head's vector of a slot lies when the cache is one list of vectors."""
+    num_heads, block_size = layer.keys.shape[1:3]
+    blocks, offsets = slots[:, None] // block_size, slots[:, None] % block_size
+    return (blocks * num_heads + torch.arange(num_heads)) * block_size + offsets

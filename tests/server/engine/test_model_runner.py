@@ -19,6 +19,7 @@ from server.engine.request import EngineNews, FinishReason, GenerationRequest, S
 from server.engine.sampler import NOT_FINITE
 from server.engine.step_plan import StepPlan
 from server.engine.step_tensors import group_sequences
+from tests.server.model.quantized_models import quantize_in_place
 from tests.tiny_models import save_tiny_model
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
@@ -118,6 +119,29 @@ def test_seeded_output_does_not_depend_on_the_batch(tiny_model: Path) -> None:
     assert Engine(config(tiny_model)).run(*mates, target)[-1] == alone
     other_seed = GenerationRequest("other", target.prompt_token_ids, replace(params, seed=8))
     assert Engine(config(tiny_model)).run(other_seed)[0] != alone
+
+
+def test_a_quantized_model_gives_each_request_what_it_gives_alone(tmp_path: Path) -> None:
+    # given packed weights: activations are rounded to bf16 there, so a last bit that a neighbour turned would grow
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    directory = save_tiny_model("llama", tmp_path / "model", config_overrides=wide)
+    quantize_in_place(directory, lambda name: True)
+    roomy = replace(config(directory), max_num_batched_tokens=512, kv_cache_bytes=4 * 1024**2)
+    params = replace(GREEDY, logprobs=1)
+    requests = [request(f"r{length}", length, params) for length in (1, 70, 5, 90, 30, 66)]
+
+    def scores(engine: Engine, request_id: str) -> list[float]:
+        return [score.logprob for event in engine.events[request_id] for score in event.logprobs]
+
+    # when they run together
+    together = Engine(roomy)
+    outputs = together.run(*requests)
+
+    # then tokens are the same, and logprobs up to the order in which the output head sums
+    for one, output in zip(requests, outputs, strict=True):
+        alone = Engine(roomy)
+        assert alone.run(one) == [output]
+        assert scores(together, one.request_id) == pytest.approx(scores(alone, one.request_id), abs=1e-5)
 
 
 @pytest.mark.parametrize("lens", [[1], [64], [65], [200], [1, 1, 1], [60, 5, 59, 1], [64, 64], [1, 200, 1, 63]])

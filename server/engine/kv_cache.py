@@ -74,13 +74,18 @@ def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device
 
 
 def allocate_layers(size: KvCacheSize, geometry: KvGeometry, device: torch.device) -> tuple[PagedLayer, ...]:
-    """The caches [num_blocks, H_kv, block_size, D] of each layer, zeroed: what attention masks must still be finite."""
+    """The caches [num_blocks, H_kv, block_size, D] of each layer.
+
+    On a GPU they are zeroed: its kernels read a block to the end and mask the rest, which must be finite. On a CPU no
+    slot is read before it is written, and memory that nobody has touched yet is not taken from the machine.
+    """
+    allocate = torch.empty if device.type == "cpu" else torch.zeros
     shape = (size.num_blocks, geometry.num_kv_heads, size.block_size, geometry.head_dim)
     try:
         return tuple(
             PagedLayer(
-                torch.zeros(shape, dtype=geometry.dtype, device=device),
-                torch.zeros(shape, dtype=geometry.dtype, device=device),
+                allocate(shape, dtype=geometry.dtype, device=device),
+                allocate(shape, dtype=geometry.dtype, device=device),
             )
             for _ in range(geometry.num_layers)
         )

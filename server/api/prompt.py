@@ -11,8 +11,9 @@ from server.text.tokenizer import Tokenizer
 Result = TypeVar("Result")
 # more text than this takes milliseconds, which other requests' streams should not wait for
 LONG_TEXT_CHARACTERS = 4096
-# no vocabulary averages near this, so a longer text is refused without reading it
-MAX_CHARACTERS_PER_TOKEN = 128
+# English has four or five, indented code eight. Tokens of 80 or 128 spaces exist, but a text that fills a whole context
+# and averages more than this is blank, so it is refused without reading it, which would take seconds of a core
+MAX_CHARACTERS_PER_TOKEN = 32
 
 
 async def compute(size: int, work: Callable[[], Result]) -> Result:
@@ -22,7 +23,7 @@ async def compute(size: int, work: Callable[[], Result]) -> Result:
 
 def encode_prompt(tokenizer: Tokenizer, text: str, model: ModelInfo, *, add_special_tokens: bool) -> tuple[int, ...]:
     """Token ids of a prompt's text. Raises ContextLengthExceeded, and InvalidRequest for a text without tokens."""
-    if len(text) > MAX_CHARACTERS_PER_TOKEN * model.max_model_len:
+    if len(text) > min(tokenizer.longest_token, MAX_CHARACTERS_PER_TOKEN) * model.max_model_len:
         raise ContextLengthExceeded(
             f"this model's context is {model.max_model_len} tokens, and the prompt has {len(text)} characters; "
             "shorten it",

@@ -20,6 +20,7 @@ class Tokenizer:
     """The tokenizer of one model.
 
     special_tokens: their names ("bos_token") and texts, as chat templates use them. chat_template: its source, or None.
+    longest_token: characters of the vocabulary's longest token, as the file writes it, which is never too few.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Tokenizer:
         self.special_tokens = special_tokens
         self.chat_template = chat_template
         self.vocab_size: int = model.get_vocab_size(with_added_tokens=True)
+        self.longest_token = max(map(len, model.get_vocab(with_added_tokens=True)), default=1)
         self._added = {token_id: added.content for token_id, added in model.get_added_tokens_decoder().items()}
         self._is_byte_level = '"ByteLevel"' in _decoder_description(model)
         # truncation or padding in the file is for training; a request's prompt must arrive whole
@@ -59,7 +61,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text. add_special_tokens: with those the model wants around a bare text, such as BOS."""
-        ids: list[int] = self.model.encode(text, add_special_tokens=add_special_tokens).ids
+        # the batch call lets other threads run meanwhile, which `encode` does not, and the fast one leaves offsets out
+        [encoding] = self.model.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:

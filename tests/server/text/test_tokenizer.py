@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,32 @@ def test_ids_are_those_of_transformers(
     merged_reference: PreTrainedTokenizerFast, merged_tokenizer: Tokenizer, text: str
 ) -> None:
     assert merged_tokenizer.encode(text, add_special_tokens=True) == merged_reference(text)["input_ids"]
+
+
+def test_other_threads_run_while_a_long_text_is_read(merged_tokenizer: Tokenizer) -> None:
+    # given threads that run only when another one lets them
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    begun, num_tokens = threading.Event(), []
+
+    def read() -> None:
+        begun.set()
+        num_tokens.append(len(merged_tokenizer.encode("the corner " * 100_000, add_special_tokens=False)))
+
+    # when one reads a text that takes long
+    reader = threading.Thread(target=read)
+    reader.start()
+    begun.wait()
+    was_reading = not num_tokens
+    sys.setswitchinterval(interval)
+    reader.join()
+    # then this one has run before that was done
+    assert was_reading
+    assert num_tokens[0] > 100_000
+
+
+def test_the_longest_token_counts_the_added_ones(tiny_tokenizer: Tokenizer) -> None:
+    assert tiny_tokenizer.longest_token == len("<|reserved_10|>")
 
 
 @pytest.mark.parametrize("text", TEXTS)

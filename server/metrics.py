@@ -1,7 +1,5 @@
 """Counters of one server, with vLLM's names behind our prefix. The API adds; a scrape reads the engine's snapshot."""
 
-import re
-import threading
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -15,9 +13,6 @@ from server.engine.request import EngineStatus
 
 PREFIX = "awq_serve_"
 FinishedReason = Literal["stop", "length", "abort", "error"]
-# a client invents field names; each one is a time series for ever, so they are few
-MAX_FIELD_LABELS = 64
-_FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 # vLLM's buckets, so that its dashboards draw the same picture
 _FIRST_TOKEN_SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
@@ -38,8 +33,6 @@ class Metrics:
         self._finished = self._counter("request_success", "Finished choices by reason.", "finished_reason")
         self._http_errors = self._counter("http_errors", "Answers with status 400 and up.", "code")
         self._unknown_fields = self._counter("unknown_request_fields", "Request fields ignored as unknown.", "field")
-        self._field_names: set[str] = set()
-        self._field_names_lock = threading.Lock()
         self._first_token_seconds = Histogram(
             PREFIX + "time_to_first_token_seconds",
             "From a choice's submission to its first token.",
@@ -66,17 +59,10 @@ class Metrics:
     def count_http_error(self, status: int) -> None:
         self._http_errors.labels(str(status)).inc()
 
-    def count_unknown_fields(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._unknown_fields.labels(self._field_label(name)).inc()
-
-    def _field_label(self, name: str) -> str:
-        with self._field_names_lock:
-            if name not in self._field_names:
-                if len(self._field_names) >= MAX_FIELD_LABELS or not _FIELD_NAME.fullmatch(name):
-                    return "other"
-                self._field_names.add(name)
-            return name
+    def count_unknown_fields(self, labels: Iterable[str]) -> None:
+        """labels: of a set that no client can make larger, as each is a time series for ever."""
+        for label in labels:
+            self._unknown_fields.labels(label).inc()
 
     def render(self) -> bytes:
         """The Prometheus text format."""

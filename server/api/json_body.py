@@ -1,4 +1,4 @@
-"""A request's body to a checked model. NaN, lone surrogates and deep nesting are refused."""
+"""A request's body to a checked model. NaN, lone surrogates, deep nesting and fields without end are refused."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,12 +9,14 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.errors import invalid_request_from
-from server.api.limits import check_json_depth
+from server.api.limits import check_json_shape
 from server.errors import InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 # a larger body takes milliseconds to parse and check, which other requests' streams should not wait for
 LARGE_BODY_BYTES = 1 << 16
+# all fields that this server knows, used or not, are fewer than a hundred
+MAX_FIELDS = 128
 
 
 def json_body(schema: type[Body]) -> Callable[[Request], Awaitable[Body]]:
@@ -33,9 +35,12 @@ def parse_body(content: bytes, schema: type[Body]) -> Body:
     """Raises InvalidRequest with what is wrong, and with the field's name as `param`."""
     if not content:
         raise InvalidRequest("the body is empty, and it must be a JSON object")
-    check_json_depth(content)
+    check_json_shape(content)
     try:
-        return schema.model_validate(orjson.loads(content))
+        fields = orjson.loads(content)
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise InvalidRequest(f"the body must have at most {MAX_FIELDS} fields, and it has {len(fields)}")
+        return schema.model_validate(fields)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is no valid JSON: {error}") from error
     except ValidationError as error:

@@ -9,6 +9,8 @@ from server.errors import InvalidRequest, PayloadTooLarge
 
 # no request that this server understands nests deeper than six
 MAX_JSON_DEPTH = 64
+# 4096 messages of one text part each have 53 thousand; what has more only costs time, seconds of it in a large body
+MAX_JSON_STRUCTURE = 1 << 17
 # a whole string, so that brackets in it do not count, or one bracket; possessive, so that it is linear in the body
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _OPENING, _CLOSING = frozenset((b"[", b"{")), frozenset((b"]", b"}"))
@@ -48,10 +50,15 @@ class BodyLimit:
         return PayloadTooLarge(f"the body is larger than {self._max_body_bytes} bytes, the most this server takes")
 
 
-def check_json_depth(body: bytes) -> None:
-    """Raise InvalidRequest for JSON that nests deeper than any parser should follow. Needs no recursion itself."""
+def check_json_shape(body: bytes) -> None:
+    """Raise InvalidRequest for JSON that nests deeper, or has more parts, than any parser should follow.
+
+    Needs no recursion itself, and reads no further than it takes to know.
+    """
     depth = 0
-    for match in _STRING_OR_BRACKET.finditer(body):
+    for number, match in enumerate(_STRING_OR_BRACKET.finditer(body)):
+        if number == MAX_JSON_STRUCTURE:
+            raise InvalidRequest(f"the body's JSON has more than {MAX_JSON_STRUCTURE} strings and brackets")
         token = match.group() if match.end() - match.start() == 1 else b""
         if token in _OPENING:
             depth += 1

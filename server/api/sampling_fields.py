@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from server.api.errors import describe
+from server.api.ignored_fields import field_labels
 from server.api.unsupported_fields import UnsupportedField, check_unsupported
 from server.engine.request import ModelInfo, SamplingParams
 from server.errors import InvalidRequest
@@ -112,10 +113,10 @@ class SamplingFields(BaseModel):
         return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def unknown_fields(self, unsupported: Mapping[str, UnsupportedField]) -> list[str]:
-        """The names to count and ignore. Raises InvalidRequest for one that would change the answer."""
+        """Labels of the fields to count and ignore. Raises InvalidRequest for one that would change the answer."""
         extra = self.model_extra or {}
         check_unsupported(extra, unsupported)
-        return [name for name in extra if name not in unsupported]
+        return field_labels(name for name in extra if name not in unsupported)
 
     def base_seed(self) -> int:
         """The seed of the first choice; drawn here when the client gave none. -1 counts as none, as in vLLM.

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, TypedDict
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from server.api.errors import describe
 from server.api.logprobs import CompletionLogprobs
@@ -10,6 +10,8 @@ from server.api.sampling_fields import MAX_LOGPROBS, SamplingFields
 from server.api.usage import Usage
 
 Prompt = str | tuple[int, ...]
+# no model's context is longer
+MAX_TOKEN_IDS = 1 << 20
 
 
 def _parse_prompts(value: object) -> object:
@@ -30,17 +32,19 @@ def _parse_prompts(value: object) -> object:
 def _parse_token_ids(value: list[object]) -> tuple[int, ...]:
     if not value:
         raise ValueError("prompt must hold at least one token id in each list")
-    token_ids = []
-    for item in value:
+    if len(value) > MAX_TOKEN_IDS:
+        raise ValueError(f"prompt takes at most {MAX_TOKEN_IDS} token ids in a list, and one has {len(value)}")
+    token_ids = tuple(item for item in value if type(item) is int and item >= 0)
+    if len(token_ids) < len(value):
         # true and false are ints to Python
-        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
-            raise ValueError(f"prompt must hold token ids, which are integers from 0, and one is {describe(item)}")
-        token_ids.append(item)
-    return tuple(token_ids)
+        wrong = next(item for item in value if type(item) is not int or item < 0)
+        raise ValueError(f"prompt must hold token ids, which are integers from 0, and one is {describe(wrong)}")
+    return token_ids
 
 
 class CompletionBody(SamplingFields):
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_parse_prompts)]
+    # checked whole by its own function: a second look at a million ids would cost as much again
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None

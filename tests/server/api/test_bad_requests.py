@@ -30,6 +30,8 @@ BAD_BODIES = [
     b'{"x": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}",
     b'{"x": ' + b"[" * 1_000_000,
     b"prompt=a&max_tokens=3",
+    json.dumps({"prompt": "a", **{f"field_{number}": 1 for number in range(200)}}).encode(),
+    json.dumps({"prompt": "a", **{f"field_{number}": 1 for number in range(200_000)}}).encode(),
 ]
 
 BAD_COMPLETIONS = [
@@ -50,6 +52,8 @@ BAD_COMPLETIONS = [
     ("prompt", {"prompt": [-1]}),
     ("prompt", {"prompt": [VOCAB_SIZE]}),
     ("prompt", {"prompt": [2**70]}),
+    ("prompt", {"prompt": [1] * ((1 << 20) + 1)}),
+    ("prompt", {"prompt": [[1], [1] * ((1 << 20) + 1)]}),
     ("prompt", {"prompt": ["a"] * 129}),
     ("model", {"prompt": "a", "model": 3}),
     ("max_tokens", {"prompt": "a", "max_tokens": 0}),

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.limits import MAX_JSON_DEPTH, check_json_depth
+from server.api.limits import MAX_JSON_DEPTH, MAX_JSON_STRUCTURE, check_json_shape
 from server.errors import InvalidRequest
 from tests.server.api.conftest import AppFactory
 
@@ -63,12 +63,24 @@ def depth_of(value: object) -> int:
 def test_nesting_is_counted_outside_of_strings(value: object, wrapping: int) -> None:
     body = b"[" * wrapping + orjson.dumps(value) + b"]" * wrapping
     if wrapping + depth_of(value) <= MAX_JSON_DEPTH:
-        check_json_depth(body)
+        check_json_shape(body)
     else:
         with pytest.raises(InvalidRequest, match=str(MAX_JSON_DEPTH)):
-            check_json_depth(body)
+            check_json_shape(body)
 
 
 @pytest.mark.parametrize("body", [b'"', b'"\\', b'{"a": "\\"[[[', b"]]]]", b'\\"' * 50_000, b'"' * 99_999])
 def test_broken_json_is_left_to_the_parser(body: bytes) -> None:
-    check_json_depth(body)
+    check_json_shape(body)
+
+
+@pytest.mark.parametrize("part", [b"[]", b'""', b'"k":{}'])
+def test_parts_without_end_are_refused_before_they_are_parsed(part: bytes) -> None:
+    # no JSON as a whole, which nobody finds out
+    body = b"[" + b",".join([part] * MAX_JSON_STRUCTURE)
+    with pytest.raises(InvalidRequest, match=str(MAX_JSON_STRUCTURE)):
+        check_json_shape(body)
+
+
+def test_text_may_have_as_many_brackets_as_it_likes() -> None:
+    check_json_shape(orjson.dumps({"prompt": "[]" * MAX_JSON_STRUCTURE}))

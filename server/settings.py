@@ -71,7 +71,9 @@ class Settings(BaseSettings):
         int | None, Field(ge=1, description="tokens of prompt and answer together; the model's own if not set")
     ] = None
     max_num_seqs: Annotated[int, Field(ge=1, description="sequences that run at once")] = 64
-    max_num_batched_tokens: Annotated[int, Field(ge=1, description="tokens that one step computes")] = 2048
+    max_num_batched_tokens: Annotated[
+        int | None, Field(ge=1, description="tokens that one step computes; by device if not set")
+    ] = None
     block_size: Annotated[int | None, Field(ge=1, description="tokens in a block of the KV cache")] = None
     kv_cache_bytes: Annotated[int | None, Field(ge=1, description="bytes of the KV cache")] = None
     gpu_memory_utilization: Annotated[

@@ -52,6 +52,8 @@ class FakeRunner:
         self._slots = np.full((num_blocks, block_size), UNWRITTEN, dtype=np.int64)
         self._block_size = block_size
         self.num_tokens_per_step: list[int] = []
+        # by request, how far each step that held some of its tokens computed it
+        self.cuts: dict[str, list[int]] = {}
         self.failing_request_ids: set[str] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -59,6 +61,7 @@ class FakeRunner:
         for sequence in range(len(plan.request_ids)):
             tokens = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
             positions = plan.positions[tokens]
+            self.cuts.setdefault(plan.request_ids[sequence], []).append(int(positions[-1]) + 1)
             blocks = plan.block_tables[sequence, positions // self._block_size]
             self._slots[blocks, positions % self._block_size] = plan.token_ids[tokens]
         rows = [self._context(plan, row.token_index) for row in plan.sampling_rows]

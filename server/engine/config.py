@@ -15,7 +15,8 @@ class EngineConfig:
     kv_cache_bytes None: on a GPU, gpu_memory_utilization of the device less what the weights take; on a CPU, a
     quarter of the free memory, at most what max_num_seqs sequences of max_model_len need.
     max_num_seqs: requests that run at once; max_waiting: how many more are taken in before QueueFull.
-    max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for.
+    max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for. None: by
+    device, see server/engine/assembly.py.
     num_threads None: as many as torch takes.
     """
 
@@ -24,7 +25,7 @@ class EngineConfig:
     dtype: DType = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     block_size: int | None = None
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9

@@ -22,10 +22,15 @@ PREEMPTION_BOUND = 3
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_num_seqs: how many run at once. max_num_batched_tokens: the budget of one step."""
+    """max_num_seqs: how many run at once. max_num_batched_tokens: the budget of one step.
+
+    prefill_chunk: a sequence is computed up to the next multiple of it at a time, or not in this step, so that where
+    a prompt is cut follows from the prompt alone. None cuts it where the budget ends.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -33,6 +38,9 @@ class SchedulerLimits:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
                 f"{self.max_num_seqs}: a step must have room for one token of every running sequence"
             )
+        if self.prefill_chunk is not None:
+            # so the first sequence that waits for its chunk gets it in every step, whoever decodes beside it
+            assert 1 <= self.prefill_chunk <= self.max_num_batched_tokens - self.max_num_seqs + 1
 
 
 class Scheduler:
@@ -98,13 +106,13 @@ class Scheduler:
                 break
             for victim in self._make_room(sequence):
                 budget += num_tokens.pop(victim, 0)
-            if sequence.state is SequenceState.RUNNING:
-                num_tokens[sequence] = min(sequence.num_known - sequence.num_computed, budget)
-                budget -= num_tokens[sequence]
+            if sequence.state is SequenceState.RUNNING and (share := self._share(sequence, budget)):
+                num_tokens[sequence] = share
+                budget -= share
         # who was just preempted comes first, so nobody new may take the room it left
         if num_preemptions == self._num_preemptions:
-            while budget > 0 and (admitted := self._admit_next()) is not None:
-                num_tokens[admitted] = min(admitted.num_known, budget)
+            while budget > 0 and (admitted := self._admit_next(budget)) is not None:
+                num_tokens[admitted] = self._share(admitted, budget)
                 budget -= num_tokens[admitted]
         if not num_tokens:
             assert not self._sequences, "requests wait, yet none fits the empty cache"
@@ -145,12 +153,21 @@ class Scheduler:
         logprobs = () if token.logprob is None else (token.logprob,)
         return TokenEvent(sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason)
 
-    def _admit_next(self) -> Sequence | None:
+    def _share(self, sequence: Sequence, budget: int) -> int:
+        """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
+        missing = sequence.num_known - sequence.num_computed
+        chunk = self._limits.prefill_chunk
+        if chunk is None:
+            return min(missing, budget)
+        wanted = min(missing, chunk - sequence.num_computed % chunk)
+        return wanted if wanted <= budget else 0
+
+    def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence to the running ones, with blocks for all it knows; None if it must wait."""
         if not self._waiting or len(self._running) == self._limits.max_num_seqs:
             return None
         sequence = self._waiting[0]
-        if not self._allocate_missing(sequence):
+        if not self._share(sequence, budget) or not self._allocate_missing(sequence):
             return None
         self._waiting.popleft()
         self._running.append(sequence)

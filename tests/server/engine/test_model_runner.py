@@ -126,9 +126,10 @@ def test_a_quantized_model_gives_each_request_what_it_gives_alone(tmp_path: Path
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     directory = save_tiny_model("llama", tmp_path / "model", config_overrides=wide)
     quantize_in_place(directory, lambda name: True)
-    roomy = replace(config(directory), max_num_batched_tokens=512, kv_cache_bytes=4 * 1024**2)
+    # and prompts that are cut: a budget of 107 leaves chunks of 100
+    roomy = replace(config(directory), max_num_batched_tokens=107, kv_cache_bytes=8 * 1024**2)
     params = replace(GREEDY, logprobs=1)
-    requests = [request(f"r{length}", length, params) for length in (1, 70, 5, 90, 30, 66)]
+    requests = [request(f"r{length}", length, params) for length in (1, 170, 70, 5, 230, 30, 66)]
 
     def scores(engine: Engine, request_id: str) -> list[float]:
         return [score.logprob for event in engine.events[request_id] for score in event.logprobs]

@@ -53,8 +53,10 @@ class Simulation:
         return [event.finish_reason for event in self.events[request_id] if event.finish_reason is not None]
 
 
-def simulation(*, num_blocks: int = 16, block_size: int = 4, max_num_seqs: int = 8, budget: int = 24) -> Simulation:
-    return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget))
+def simulation(
+    *, num_blocks: int = 16, block_size: int = 4, max_num_seqs: int = 8, budget: int = 24, chunk: int | None = None
+) -> Simulation:
+    return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget, chunk))
 
 
 def random_request(rng: random.Random, request_id: str) -> GenerationRequest:
@@ -78,21 +80,24 @@ def request(request_id: str, num_prompt: int = 5, max_tokens: int = 6) -> Genera
 
 
 @pytest.mark.parametrize(
-    ("seed", "num_blocks", "block_size", "max_num_seqs", "budget"),
+    ("seed", "num_blocks", "block_size", "limits"),
     [
-        (0, 15, 4, 8, 24),  # the cache holds one full request: preemption all the time
-        (1, 40, 4, 8, 8),  # a budget of one token a sequence
-        (2, 60, 1, 16, 64),  # blocks of one token
-        (3, 20, 3, 3, 7),  # sizes that divide nothing
-        (4, 300, 16, 32, 512),  # room for all
-        (5, 17, 4, 16, 100),
+        (0, 15, 4, SchedulerLimits(8, 24)),  # the cache holds one full request: preemption all the time
+        (1, 40, 4, SchedulerLimits(8, 8)),  # a budget of one token a sequence
+        (2, 60, 1, SchedulerLimits(16, 64)),  # blocks of one token
+        (3, 20, 3, SchedulerLimits(3, 7)),  # sizes that divide nothing
+        (4, 300, 16, SchedulerLimits(32, 512)),  # room for all
+        (5, 17, 4, SchedulerLimits(16, 100)),
+        (6, 15, 4, SchedulerLimits(8, 24, prefill_chunk=17)),  # room for one chunk beside the others
+        (7, 40, 4, SchedulerLimits(8, 8, prefill_chunk=1)),
+        (8, 300, 16, SchedulerLimits(32, 512, prefill_chunk=16)),
     ],
 )
 def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
-    seed: int, num_blocks: int, block_size: int, max_num_seqs: int, budget: int
+    seed: int, num_blocks: int, block_size: int, limits: SchedulerLimits
 ) -> None:
     rng = random.Random(seed)
-    engine = simulation(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, budget=budget)
+    engine = Simulation(num_blocks, block_size, limits)
     arrivals = [random_request(rng, f"r{index}") for index in range(350)]
     aborted: set[str] = set()
     pending = list(reversed(arrivals))
@@ -109,7 +114,7 @@ def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
 
     assert engine.pool.num_free == num_blocks
     assert max(Counter(engine.started).values()) == 1
-    assert max(engine.runner.num_tokens_per_step) <= budget
+    assert max(engine.runner.num_tokens_per_step) <= limits.max_num_batched_tokens
     for arrival in arrivals:
         reasons = engine.finish_reasons(arrival.request_id)
         assert len(reasons) == 1
@@ -176,6 +181,46 @@ def test_a_long_prompt_is_computed_in_chunks_beside_the_others() -> None:
     assert engine.output("long") == ()
     engine.run_to_end()
     assert engine.output("long") == expected_output(request("", 40, 2))
+
+
+def test_a_prompt_is_cut_at_the_same_places_whatever_is_beside_it() -> None:
+    # given room for one chunk of 8 beside three others, and four prompts that differ in length
+    engine = simulation(num_blocks=80, max_num_seqs=4, budget=11, chunk=8)
+    lengths = (35, 5, 8, 24)
+    for length in lengths:
+        engine.loop.submit(request(f"r{length}", num_prompt=length, max_tokens=9))
+    # when they run together
+    engine.run_to_end()
+    # then each is cut at multiples of 8, and at the end of its prompt
+    for length in lengths:
+        cuts = [cut for cut in engine.runner.cuts[f"r{length}"] if cut <= length]
+        assert cuts == [*range(8, length, 8), length]
+        assert engine.output(f"r{length}") == expected_output(request("", length, 9))
+
+
+def test_a_prompt_whose_chunk_does_not_fit_is_not_overtaken() -> None:
+    engine = simulation(num_blocks=80, max_num_seqs=4, budget=11, chunk=8)
+    for name, length in (("first", 20), ("second", 20), ("third", 2)):
+        engine.loop.submit(request(name, num_prompt=length, max_tokens=2))
+    # when the first one's chunk leaves 3 tokens of the step, enough for the third alone
+    engine.loop.step()
+    # then the third waits as the second does
+    assert engine.started == ["first"]
+    engine.run_to_end()
+    assert engine.started == ["first", "second", "third"]
+
+
+def test_whoever_waits_for_a_chunk_is_not_starved_by_those_that_decode() -> None:
+    engine = simulation(num_blocks=80, max_num_seqs=4, budget=11, chunk=8)
+    # given three that decode for long
+    for index in range(3):
+        engine.loop.submit(request(f"r{index}", num_prompt=1, max_tokens=50))
+    engine.loop.step()
+    # when a long prompt comes, each step takes a chunk of it
+    engine.loop.submit(request("long", num_prompt=32, max_tokens=1))
+    for _ in range(4):
+        engine.loop.step()
+    assert engine.output("long") == expected_output(request("", 32, 1))
 
 
 def test_nobody_new_is_admitted_in_a_step_that_preempts() -> None:

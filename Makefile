@@ -44,5 +44,5 @@ kernels-check: environment-dev ## compile every Triton kernel for every GPU arch
 docker-check: environment-dev ## run the Dockerfile's steps as far as a machine without a Docker daemon allows
 	bash docker/check.sh
 
-clean: ## remove the environment and the caches; models and jobs stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+clean: ## remove the environments and the caches; models and jobs stay
+	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -28,7 +28,7 @@ def test_the_api_process_stays_small(module: str) -> None:
     assert not modules_after_importing(module) & {"torch", "transformers", "triton"}
 
 
-@pytest.mark.parametrize("module", ["kernels.dispatch", "server.model.loader", "server.engine.loop"])
+@pytest.mark.parametrize("module", ["kernels.dispatch", "server.model.loader", "server.engine.loop", "benchmarks.cpu"])
 def test_a_bare_cuda_machine_can_run_the_engine(module: str) -> None:
     web = {"fastapi", "uvicorn", "pydantic", "starlette", "zmq", "msgspec"}
     assert not modules_after_importing(module) & web

@@ -12,7 +12,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 MAX_KERNEL_LINES = 110
 DRAWERS_WITHOUT_A_NAME = {"utils", "helpers", "common", "misc", "base"}
-PACKAGES = ("kernels", "quant", "server")
+PACKAGES = ("kernels", "quant", "server", "benchmarks")
 
 
 def python_files() -> list[Path]:

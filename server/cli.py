@@ -108,7 +108,7 @@ def run_quantizer(command: str, arguments: list[str]) -> None:
 
 
 def run_server(settings: Settings) -> str | None:
-    """Serve until told to end. Returns why the model could not be loaded, or None."""
+    """Serve until told to end, or until the engine has failed for good. Returns why it has, or None."""
     set_up_logs(settings.log_level)
     listener = listen(settings.host, settings.port)
     model_path = locate_model(settings)

@@ -43,7 +43,8 @@ def listen(host: str, port: int) -> socket.socket:
 class GracefulServer(uvicorn.Server):
     """uvicorn, with the engine drained before connections close: SIGTERM lets requests finish, a second one ends them.
 
-    announce: called when the model is ready. failure: why the engine never got ready, once that is known.
+    announce: called when the model is ready. failure: why the engine never got ready or is not restarted any more,
+    once that is known; the server then ends, as what watches over it can start it anew and nobody else can.
     """
 
     def __init__(self, app: FastAPI, settings: Settings, engine: EngineClient, announce: Callable[[], None]) -> None:
@@ -70,7 +71,7 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        self._watch = asyncio.create_task(self._watch_start())
+        self._watch = asyncio.create_task(self._watch_engine())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests with 503, let the others finish, then close the connections."""
@@ -97,10 +98,8 @@ class GracefulServer(uvicorn.Server):
             # from a signal handler, which must wake the loop by itself
             self._loop.call_soon_threadsafe(self._hurry.set)
 
-    async def _watch_start(self) -> None:
-        status = await self._engine.wait_until_settled()
-        if status.state == "failed":
-            self.failure = status.detail
-            self.should_exit = True
-        elif status.state == "ready":
+    async def _watch_engine(self) -> None:
+        if (await self._engine.wait_until_settled()).state == "ready":
             self._announce()
+        self.failure = (await self._engine.wait_until_failed()).detail
+        self.should_exit = True

@@ -69,6 +69,9 @@ class ProcessEngineClient:
     async def wait_until_settled(self) -> EngineStatus:
         return await self._board.wait_until_settled()
 
+    async def wait_until_failed(self) -> EngineStatus:
+        return await self._board.wait_until_failed()
+
     async def stop(self, drain_seconds: float) -> None:
         self._is_stopping = True
         self._board.set_draining("finishing the requests under way")

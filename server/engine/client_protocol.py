@@ -19,6 +19,9 @@ class EngineClient(Protocol):
     async def wait_until_settled(self) -> EngineStatus:
         """Wait until the state is "ready" or "failed" and return that status."""
 
+    async def wait_until_failed(self) -> EngineStatus:
+        """Wait until the state is "failed", which it stays: at the start, or when an engine is not restarted again."""
+
     async def stop(self, drain_seconds: float) -> None:
         """Take no more requests, let those under way finish for drain_seconds, end the others with ABORTED."""
 

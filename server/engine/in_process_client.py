@@ -49,6 +49,9 @@ class InProcessEngineClient:
     async def wait_until_settled(self) -> EngineStatus:
         return await self._board.wait_until_settled()
 
+    async def wait_until_failed(self) -> EngineStatus:
+        return await self._board.wait_until_failed()
+
     async def stop(self, drain_seconds: float) -> None:
         self._board.set_draining("finishing the requests under way")
         await self._requests.wait_until_empty(drain_seconds)

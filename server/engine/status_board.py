@@ -20,6 +20,7 @@ class StatusBoard:
     def __init__(self) -> None:
         self.status = EngineStatus(state="loading", detail="not started", model=None, stats=None)
         self._is_settled = asyncio.Event()
+        self._has_failed = asyncio.Event()
 
     def set_loading(self, detail: str) -> None:
         """Loading for the first time, or again: the state says which."""
@@ -41,6 +42,7 @@ class StatusBoard:
     def set_failed(self, detail: str) -> None:
         self.status = replace(self.status, state="failed", detail=detail)
         self._is_settled.set()
+        self._has_failed.set()
 
     def set_stats(self, stats: EngineStats) -> None:
         self.status = replace(self.status, stats=stats)
@@ -54,4 +56,8 @@ class StatusBoard:
 
     async def wait_until_settled(self) -> EngineStatus:
         await self._is_settled.wait()
+        return self.status
+
+    async def wait_until_failed(self) -> EngineStatus:
+        await self._has_failed.wait()
         return self.status

@@ -26,12 +26,23 @@ class SettledEngine:
         self.stops: list[float] = []
         self._drains = drains
         self._status = EngineStatus(state, detail, None, None)  # type: ignore[arg-type]
+        self._has_failed = asyncio.Event()
+        if state == "failed":
+            self._has_failed.set()
 
     async def start(self) -> None:
         raise AssertionError("the application starts it, and this one does not")
 
     async def wait_until_settled(self) -> EngineStatus:
         return self._status
+
+    async def wait_until_failed(self) -> EngineStatus:
+        await self._has_failed.wait()
+        return self._status
+
+    def fail(self, detail: str) -> None:
+        self._status = EngineStatus("failed", detail, None, None)
+        self._has_failed.set()
 
     async def stop(self, drain_seconds: float) -> None:
         self.stops.append(drain_seconds)
@@ -135,3 +146,19 @@ def test_an_engine_that_cannot_start_ends_the_server_with_the_reason() -> None:
     thread.start()
     thread.join(DEADLINE_SECONDS)
     assert server.failure == "model.safetensors is truncated"
+
+
+def test_an_engine_that_is_given_up_later_ends_the_server_with_the_reason() -> None:
+    engine = SettledEngine("ready")
+
+    def give_up(server: GracefulServer, _port: int) -> None:
+        # given a server that has been ready, when its engine fails for good
+        assert server.failure is None
+        assert server._loop is not None
+        server._loop.call_soon_threadsafe(engine.fail, "it was restarted too often")
+        # then it is about to end by itself
+        wait_until(lambda: server.should_exit)
+
+    server = run(engine, give_up)
+    assert server.failure == "it was restarted too often"
+    assert engine.stops == [3]

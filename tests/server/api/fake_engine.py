@@ -47,6 +47,10 @@ class FakeEngineClient:
     async def wait_until_settled(self) -> EngineStatus:
         return self._status
 
+    async def wait_until_failed(self) -> EngineStatus:
+        await asyncio.Event().wait()
+        return self._status
+
     async def stop(self, drain_seconds: float) -> None:
         self.set_state("draining", "the server is shutting down")
 

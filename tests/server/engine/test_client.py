@@ -227,6 +227,26 @@ def test_a_model_that_cannot_be_loaded_is_told_in_the_childs_words(event_loop: E
     assert "no-model" in status.detail
 
 
+def test_an_engine_that_dies_too_often_is_given_up(event_loop: EventLoopThread, tiny_model: Path) -> None:
+    async def scenario() -> None:
+        # given an engine that may not be restarted, and a request it works on
+        client = ProcessEngineClient(engine_config(tiny_model), RestartPolicy(max_restarts=0))
+        await client.start()
+        await client.wait_until_settled()
+        reader = asyncio.create_task(collect(client, request("lost", 500)))
+        await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_running == 1)
+        assert client.process_id is not None
+        # when it dies
+        os.kill(client.process_id, signal.SIGKILL)
+        # then whoever watches is told, and the request has ended
+        status = await client.wait_until_failed()
+        assert "restarted too often" in status.detail
+        assert (await reader)[-1].finish_reason is FinishReason.ERROR
+        await client.stop(0)
+
+    event_loop.call(scenario())
+
+
 PARENT = """
     import asyncio, json, sys
     from server.engine.client import ProcessEngineClient

@@ -10,6 +10,7 @@ from server.api.auth import KeyRing, require_key
 from server.api.chat import route as chat
 from server.api.completions import route as completions
 from server.api.errors import install_error_handlers
+from server.api.host_check import HostCheck
 from server.api.jobs import route as jobs
 from server.api.jobs.places import JobPlaces
 from server.api.jobs.serving import QuantizeJobs
@@ -65,6 +66,7 @@ def create_app(
     app.state.quantize_jobs = QuantizeJobs(job_store, places, supervisor.wake)
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(HostCheck, settings=settings)
     app.add_middleware(ErrorCounter, metrics=metrics)
     for router in PUBLIC_ROUTERS:
         app.include_router(router)

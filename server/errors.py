@@ -4,9 +4,11 @@ ServerError
 ├── InvalidRequest          400 invalid_request_error
 │   └── ContextLengthExceeded   400, code context_length_exceeded
 ├── AuthenticationFailed    401 authentication_error, code invalid_api_key
+├── PermissionDenied        403 permission_error
 ├── NotFound                404 invalid_request_error (code model_not_found for models)
 ├── Conflict                409 invalid_request_error
 ├── PayloadTooLarge         413 invalid_request_error
+├── UnsupportedMediaType    415 invalid_request_error
 ├── QueueFull               429 rate_limit_error, Retry-After
 ├── EngineUnavailable       503 service_unavailable, Retry-After (loading, restarting, draining)
 ├── JobStoreUnavailable     503 service_unavailable, Retry-After (the job file cannot be read or written)
@@ -44,6 +46,11 @@ class AuthenticationFailed(ServerError):
     default_code = "invalid_api_key"
 
 
+class PermissionDenied(ServerError):
+    status = 403
+    type = "permission_error"
+
+
 class NotFound(ServerError):
     status = 404
     type = "invalid_request_error"
@@ -57,6 +64,12 @@ class Conflict(ServerError):
 class PayloadTooLarge(ServerError):
     status = 413
     type = "invalid_request_error"
+
+
+class UnsupportedMediaType(ServerError):
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_media_type"
 
 
 class QueueFull(ServerError):

@@ -52,6 +52,11 @@ class Settings(BaseSettings):
     ] = ()
     api_key_file: Annotated[Path | None, Field(description="file with one key a line")] = None
     allow_insecure_bind: Annotated[bool, Field(description="listen for other machines without a key")] = False
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(description="another name in Host headers to answer to without a key; may be repeated"),
+    ] = ()
     data_dir: Annotated[Path, Field(description="jobs, finished checkpoints, the demo model")] = Path(
         "~/.local/share/awq-serve"
     )
@@ -98,10 +103,10 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "allowed_hosts", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
-        """An environment variable holds several keys with commas between."""
+    def _split_at_commas(cls, value: object) -> object:
+        """An environment variable holds several with commas between."""
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
     @field_validator("model_roots", mode="before")

@@ -10,9 +10,9 @@ from pydantic.fields import FieldInfo
 
 from server.settings import Settings
 
-# the command's argument, and the flag whose repetition reads better in the singular
+# the command's argument, and the flags whose repetition reads better in the singular
 ARGUMENT = "model"
-FLAGS = {"api_keys": "--api-key"}
+FLAGS = {"api_keys": "--api-key", "allowed_hosts": "--allowed-host"}
 
 
 def add_settings_command(app: typer.Typer, name: str, run: Callable[[Mapping[str, object], Path | None], None]) -> None:

@@ -8,9 +8,9 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from server.api.errors import invalid_request_from
+from server.api.errors import describe, invalid_request_from
 from server.api.limits import check_json_shape
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UnsupportedMediaType
 
 Body = TypeVar("Body", bound=BaseModel)
 # a larger body takes milliseconds to parse and check, which other requests' streams should not wait for
@@ -20,15 +20,29 @@ MAX_FIELDS = 128
 
 
 def json_body(schema: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """A dependency that gives a route its body, whatever content type the client named."""
+    """A dependency that gives a route its body."""
 
     async def read(request: Request) -> Body:
+        check_content_type(request.headers.get("content-type"))
         content = await request.body()
         if len(content) > LARGE_BODY_BYTES:
             return await asyncio.to_thread(parse_body, content, schema)
         return parse_body(content, schema)
 
     return read
+
+
+def check_content_type(header: str | None) -> None:
+    """Raise UnsupportedMediaType unless a body is said to be JSON.
+
+    Any web page may have a browser send other types here, without asking; for this one a browser asks first.
+    """
+    media_type = (header or "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        said = f"it is {describe(media_type)}" if media_type else "there is none"
+        raise UnsupportedMediaType(f"the header Content-Type must be application/json, and {said}")
 
 
 def parse_body(content: bytes, schema: type[Body]) -> Body:

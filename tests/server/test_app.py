@@ -28,7 +28,7 @@ def test_the_engine_starts_and_stops_with_the_application(tokenizer: Tokenizer, 
     served = ServedModel("tiny", "/models/tiny", 0)
     app = create_app(settings, served, engine, tokenizer, JobStore(settings.jobs_file))
     assert engine.status().state == "loading"
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         assert client.get("/ready").status_code == 200
     assert engine.status().state == "draining"
 
@@ -47,6 +47,6 @@ def test_no_page_or_schema_is_served_without_a_guard(tokenizer: Tokenizer, tmp_p
     engine = FakeEngineClient(lambda _request: [1], MODEL)
     served = ServedModel("tiny", "/models/tiny", 0)
     app = create_app(settings, served, engine, tokenizer, JobStore(settings.jobs_file))
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         for path in ("/docs", "/redoc", "/openapi.json"):
             assert client.get(path).status_code == 404

@@ -43,6 +43,8 @@ def test_lists_come_as_lists_and_with_separators(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("AWQ_SERVE_API_KEYS")
     assert load_settings({}, file).api_keys == ("three",)
     assert load_settings({"api_keys": ["four", "five"]}).api_keys == ("four", "five")
+    monkeypatch.setenv("AWQ_SERVE_ALLOWED_HOSTS", "a.lan,b.lan")
+    assert load_settings({}).allowed_hosts == ("a.lan", "b.lan")
 
 
 def test_a_key_file_adds_its_keys(tmp_path: Path) -> None:

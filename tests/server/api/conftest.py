@@ -66,10 +66,15 @@ def make_app(engine: FakeEngineClient, tokenizer: Tokenizer, tmp_path: Path) -> 
     return AppFactory(engine, tokenizer, tmp_path)
 
 
+def local_client(app: FastAPI) -> TestClient:
+    """A client on the same machine; an error that nobody expected is an answer, as in the real server."""
+    return TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
 @pytest.fixture
 def client(make_app: AppFactory) -> Iterator[TestClient]:
-    """The started application; an error that nobody expected is an answer with status 500, as in the real server."""
-    with TestClient(make_app(), raise_server_exceptions=False) as started:
+    """The started application, without keys."""
+    with local_client(make_app()) as started:
         yield started
 
 

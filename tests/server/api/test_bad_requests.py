@@ -234,6 +234,6 @@ def test_a_chat_that_is_too_long_is_told_the_numbers(client: TestClient) -> None
 def test_odd_text_that_is_valid_is_answered(client: TestClient) -> None:
     for text in ("\0", "\u202e", "e" + "\u0301" * 100, "\ufffd", "\n" * 50):
         body = json.dumps({"prompt": text, "max_tokens": 2, "echo": True})
-        response = client.post(COMPLETIONS, content=body)
+        response = client.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 200, response.text
         assert response.json()["choices"][0]["text"].startswith(text)

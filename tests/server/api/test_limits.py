@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from server.api.limits import MAX_JSON_DEPTH, MAX_JSON_STRUCTURE, check_json_shape
 from server.errors import InvalidRequest
-from tests.server.api.conftest import AppFactory
+from tests.server.api.conftest import AppFactory, local_client
 
 MAX_BODY_BYTES = 2048
+JSON_HEADERS = {"Content-Type": "application/json"}
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text('ab"\\[]{}'),
@@ -23,7 +24,7 @@ values = st.recursive(
 
 @pytest.fixture
 def small(make_app: AppFactory) -> Iterator[TestClient]:
-    with TestClient(make_app(max_body_bytes=MAX_BODY_BYTES)) as started:
+    with local_client(make_app(max_body_bytes=MAX_BODY_BYTES)) as started:
         yield started
 
 
@@ -39,7 +40,7 @@ def test_a_body_without_a_length_is_413_as_soon_as_it_is_too_large(small: TestCl
         for _ in range(1000):
             yield b"x" * 512
 
-    response = small.post("/v1/completions", content=endless())
+    response = small.post("/v1/completions", content=endless(), headers=JSON_HEADERS)
     assert response.status_code == 413
     assert response.json()["error"]["type"] == "invalid_request_error"
 
@@ -48,7 +49,7 @@ def test_the_largest_body_is_taken(small: TestClient) -> None:
     body = json.dumps({"prompt": "a", "user": ""})
     body = json.dumps({"prompt": "a", "user": "u" * (MAX_BODY_BYTES - len(body))})
     assert len(body) == MAX_BODY_BYTES
-    assert small.post("/v1/completions", content=body).status_code == 200
+    assert small.post("/v1/completions", content=body, headers=JSON_HEADERS).status_code == 200
 
 
 def depth_of(value: object) -> int:

@@ -131,7 +131,8 @@ def open_request(url: str, body: dict[str, object]) -> socket.socket:
     """A connection on which a completion was asked for and nothing is read yet."""
     host, port = url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
+    headers = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n"
     connection = socket.create_connection((host, int(port)))
     connection.sendall(head.encode() + content)
     return connection

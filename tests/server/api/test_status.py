@@ -6,7 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.jobs.record import JobRecipe
-from tests.server.api.conftest import MAX_MODEL_LEN, AppFactory
+from tests.server.api.conftest import MAX_MODEL_LEN, AppFactory, local_client
 from tests.server.api.fake_engine import FakeEngineClient
 
 
@@ -52,7 +52,7 @@ def test_metrics_have_vllms_names_behind_our_prefix(client: TestClient) -> None:
 
 
 def test_two_servers_in_one_process_count_apart(make_app: AppFactory) -> None:
-    with TestClient(make_app()) as first, TestClient(make_app()) as second:
+    with local_client(make_app()) as first, local_client(make_app()) as second:
         first.get("/nothing")
         assert "http_errors_total{" not in second.get("/metrics").text
 
@@ -89,7 +89,7 @@ def test_a_finished_quantization_is_listed(make_app: AppFactory, tmp_path: Path)
     store.claim_next()
     store.succeed(job.id, None)
     # then it is there, and said to be no more than finished
-    with TestClient(app) as client:
+    with local_client(app) as client:
         [finished] = client.get("/v1/models").json()["data"][1:]
         assert (finished["id"], finished["root"], finished["status"]) == ("mine-awq", str(output), "finished")
         assert client.post("/v1/completions", json={"prompt": "a", "model": "mine-awq"}).status_code == 404

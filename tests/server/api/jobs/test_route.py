@@ -71,7 +71,9 @@ def ask(places: JobPlaces, *questions: Callable[[Server], Awaitable[httpx.Respon
 
 
 def post(content: str | bytes, **headers: str) -> Callable[[Server], Awaitable[httpx.Response]]:
-    return lambda server: server.client.post("/quantize", content=content, headers=headers)
+    return lambda server: server.client.post(
+        "/quantize", content=content, headers={"Content-Type": "application/json", **headers}
+    )
 
 
 def get(path: str) -> Callable[[Server], Awaitable[httpx.Response]]:

@@ -126,6 +126,17 @@ class SamplingFields(BaseModel):
         return secrets.randbelow(INT64) if self.seed in (None, -1) else (self.seed or 0) % INT64
 
 
+def check_num_choices(num_prompts: int, num_choices: int, settings: Settings) -> None:
+    """Raise InvalidRequest for more choices than the engine ever takes: "try later" would be told for ever."""
+    total, limit = num_prompts * num_choices, settings.max_num_seqs + settings.max_waiting
+    if total > limit:
+        raise InvalidRequest(
+            f"n must be smaller, or the prompts fewer: {num_prompts} with n {num_choices} make {total} choices, and this "
+            f"server takes {limit} at most, max_num_seqs {settings.max_num_seqs} and max_waiting {settings.max_waiting}",
+            param="n" if num_choices > 1 else "prompt",
+        )
+
+
 def stop_strings(fields: SamplingFields, settings: Settings) -> tuple[str, ...]:
     """The stop strings, checked against the server's bounds."""
     if len(fields.stop) > settings.max_stop_strings:

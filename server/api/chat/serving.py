@@ -11,7 +11,7 @@ from server.api.choice_text import Choice, ChoiceDelta
 from server.api.generation import stream_choices
 from server.api.logprobs import ChatLogprobs, chat_logprobs
 from server.api.prompt import choose_max_tokens, compute, encode_prompt
-from server.api.sampling_fields import INT64, LogprobCounts, sampling_params, stop_strings
+from server.api.sampling_fields import INT64, LogprobCounts, check_num_choices, sampling_params, stop_strings
 from server.api.services import Services
 from server.api.sse import frame
 from server.api.unsupported_fields import FOR_CHATS
@@ -35,6 +35,7 @@ async def prepare(body: ChatBody, services: Services) -> ChatJob:
     """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
     services.check_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
+    check_num_choices(1, body.num_choices, services.settings)
     model = services.loaded_model()
     size = sum(len(message.content) for message in body.messages)
     return await compute(size, lambda: _plan(body, services, model))

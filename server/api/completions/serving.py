@@ -11,7 +11,14 @@ from server.api.completions.schema import Completion, CompletionBody, Completion
 from server.api.generation import stream_choices
 from server.api.logprobs import completion_logprobs
 from server.api.prompt import choose_max_tokens, compute, encode_prompt
-from server.api.sampling_fields import INT64, LogprobCounts, check_token_ids, sampling_params, stop_strings
+from server.api.sampling_fields import (
+    INT64,
+    LogprobCounts,
+    check_num_choices,
+    check_token_ids,
+    sampling_params,
+    stop_strings,
+)
 from server.api.services import Services
 from server.api.sse import frame
 from server.api.unsupported_fields import FOR_COMPLETIONS
@@ -42,6 +49,7 @@ async def prepare(body: CompletionBody, services: Services) -> CompletionJob:
             f"prompt takes at most {services.settings.max_prompts} prompts, and it has {len(body.prompt)}",
             param="prompt",
         )
+    check_num_choices(len(body.prompt), body.num_choices, services.settings)
     model = services.loaded_model()
     size = sum(map(len, body.prompt))
     return await compute(size, lambda: _plan(body, services, model))

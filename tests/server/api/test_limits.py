@@ -85,3 +85,23 @@ def test_parts_without_end_are_refused_before_they_are_parsed(part: bytes) -> No
 
 def test_text_may_have_as_many_brackets_as_it_likes() -> None:
     check_json_shape(orjson.dumps({"prompt": "[]" * MAX_JSON_STRUCTURE}))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "numbers"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 5, "n": 2}, "n", ["10", "9", "4", "5"]),
+        ("/v1/completions", {"prompt": ["a"] * 10}, "prompt", ["10", "9"]),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 10}, "n", ["10", "9"]),
+    ],
+)
+def test_a_request_that_could_never_fit_is_told_the_numbers(
+    make_app: AppFactory, path: str, body: dict[str, object], param: str, numbers: list[str]
+) -> None:
+    with local_client(make_app(max_num_seqs=4, max_waiting=5)) as client:
+        response = client.post(path, json=body)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert all(number in error["message"] for number in numbers)
+        assert client.post("/v1/completions", json={"prompt": ["a"] * 4, "n": 2}).status_code == 200

@@ -78,6 +78,8 @@ BAD_COMPLETIONS = [
     ("top_k", {"prompt": "a", "top_k": 1.5}),
     ("min_p", {"prompt": "a", "min_p": -0.1}),
     ("repetition_penalty", {"prompt": "a", "repetition_penalty": 0}),
+    ("repetition_penalty", {"prompt": "a", "repetition_penalty": 1e-38}),
+    ("repetition_penalty", {"prompt": "a", "repetition_penalty": 0.009}),
     ("presence_penalty", {"prompt": "a", "presence_penalty": 3}),
     ("frequency_penalty", {"prompt": "a", "frequency_penalty": -3}),
     ("logit_bias", {"prompt": "a", "logit_bias": []}),

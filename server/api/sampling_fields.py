@@ -132,8 +132,9 @@ def check_num_choices(num_prompts: int, num_choices: int, settings: Settings) ->
     total, limit = num_prompts * num_choices, settings.max_num_seqs + settings.max_waiting
     if total > limit:
         raise InvalidRequest(
-            f"n must be smaller, or the prompts fewer: {num_prompts} with n {num_choices} make {total} choices, and this "
-            f"server takes {limit} at most, max_num_seqs {settings.max_num_seqs} and max_waiting {settings.max_waiting}",
+            f"n must be smaller, or the prompts fewer: {num_prompts} with n {num_choices} make {total} choices, and "
+            f"the server takes {limit} at most: max_num_seqs, {settings.max_num_seqs}, and max_waiting, "
+            f"{settings.max_waiting}",
             param="n" if num_choices > 1 else "prompt",
         )
 

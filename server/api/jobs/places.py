@@ -9,6 +9,8 @@ from server.errors import Conflict, InvalidRequest
 from server.jobs.record import JobRecipe
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# the directories themselves are the operator's to know, not a client's
+ROOTS_IN_WORDS = "in the server's models directory or under one of its model roots"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class JobPlaces:
             if _is_hub_name(name):
                 return name
             raise InvalidRequest(
-                f"model {name!r} is neither a model under {self._roots_in_words()} nor a hub name like owner/model",
+                f"model {name!r} is neither a model {ROOTS_IN_WORDS} nor a hub name like owner/model",
                 param="model",
                 code="model_not_found",
             )
@@ -56,7 +58,7 @@ class JobPlaces:
         if path is None and _is_hub_name(name):
             return name
         raise InvalidRequest(
-            f"calib {name!r} is neither {SELF_CALIBRATION!r}, nor a text file under {self._roots_in_words()}, "
+            f"calib {name!r} is neither {SELF_CALIBRATION!r}, nor a text file {ROOTS_IN_WORDS}, "
             "nor a hub data set like owner/name",
             param="calib",
         )
@@ -65,7 +67,7 @@ class JobPlaces:
         output = self.models_dir.resolve() / (body.output or _default_output_name(body))
         if output.exists() or output.is_symlink():
             raise Conflict(
-                f"output {output.name!r} exists in {output.parent}; name another one, or delete it first",
+                f"output {output.name!r} exists in the server's models directory; name another one, or delete it first",
                 param="output",
                 code="output_exists",
             )
@@ -76,16 +78,22 @@ class JobPlaces:
 
         What lies elsewhere is treated as if it were not there, so that nobody can ask what the machine holds.
         """
-        roots = [root.resolve() for root in (self.models_dir, *self.model_roots)]
+        roots = [root for given in (self.models_dir, *self.model_roots) if (root := _resolve(given)) is not None]
         for root in roots:
             # joining an absolute path gives that path
-            path = (root / name).resolve()
-            if any(path.is_relative_to(allowed) for allowed in roots) and _is_there(path):
+            path = _resolve(root / name)
+            if path and any(path.is_relative_to(allowed) for allowed in roots) and _is_there(path):
                 return path
         return None
 
-    def _roots_in_words(self) -> str:
-        return " or ".join(str(root) for root in dict.fromkeys((self.models_dir, *self.model_roots)))
+
+def _resolve(path: Path) -> Path | None:
+    """The path with its links followed; None where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        # a RuntimeError up to Python 3.12
+        return None
 
 
 def _is_hub_name(name: str) -> bool:

@@ -39,6 +39,7 @@ def places(tmp_path: Path) -> JobPlaces:
     (tmp_path / "mine" / "tiny.gguf").write_bytes(b"GGUF")
     (tmp_path / "mine" / "empty").mkdir()
     (tmp_path / "mine" / "way-out").symlink_to(tmp_path / "outside")
+    (tmp_path / "mine" / "circle").symlink_to(tmp_path / "mine" / "circle")
     return JobPlaces(tmp_path / "data" / "models", (tmp_path / "mine",))
 
 
@@ -181,7 +182,10 @@ def test_absolute_paths_and_hub_names_are_models_too(places: JobPlaces, tmp_path
         ('{"bits": 4}', "model", "required"),
         ('{"model": ""}', "model", "at least 1 character"),
         ('{"model": 7}', "model", "string"),
-        ('{"model": "no-such-model"}', "model", "mine"),
+        ('{"model": "no-such-model"}', "model", "model roots"),
+        ('{"model": "circle"}', "model", "neither"),
+        ('{"model": "circle/below/it"}', "model", "neither"),
+        ('{"model": "succeed", "calib": "circle"}', "calib", "neither"),
         ('{"model": "empty"}', "model", "config.json"),
         ('{"model": "outside/../../outside/secret"}', "model", "neither"),
         ('{"model": "./way-out/secret"}', "model", "neither"),
@@ -210,6 +214,8 @@ def test_a_wrong_body_is_refused_by_name_before_anything_is_queued(
     error = refusal.json()["error"]
     assert (refusal.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert words in error["message"]
+    # where the server keeps its models is not for clients
+    assert str(places.models_dir.parent.parent) not in error["message"]
     assert listing.json()["data"] == []
 
 
@@ -231,6 +237,7 @@ def test_an_output_that_exists_or_is_being_written_is_a_conflict(places: JobPlac
     )
     assert [answer.status_code for answer in (exists, first, second)] == [409, 202, 409]
     assert exists.json()["error"]["param"] == second.json()["error"]["param"] == "output"
+    assert str(places.models_dir) not in exists.json()["error"]["message"]
     assert first.json()["id"] in second.json()["error"]["message"]
 
 

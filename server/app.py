@@ -15,6 +15,7 @@ from server.api.jobs import route as jobs
 from server.api.jobs.places import JobPlaces
 from server.api.jobs.serving import QuantizeJobs
 from server.api.limits import BodyLimit
+from server.api.request_id import RequestId
 from server.api.services import ServedModel, Services
 from server.engine.client_protocol import EngineClient
 from server.jobs.store import JobStore
@@ -68,6 +69,7 @@ def create_app(
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(HostCheck, settings=settings)
     app.add_middleware(ErrorCounter, metrics=metrics)
+    app.add_middleware(RequestId)
     for router in PUBLIC_ROUTERS:
         app.include_router(router)
     app.include_router(_guarded())

@@ -1,17 +1,24 @@
 """Every error as OpenAI's body {"error": {"message", "type", "param", "code"}}, whoever raised it."""
 
+import traceback
+
 import orjson
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.request_id import request_id_of
 from server.errors import InvalidRequest, ServerError
 
 log = structlog.get_logger(__name__)
 
 MAX_SHOWN_CHARACTERS = 80
+# nginx's code for a client that went away; nobody receives it, the log shows it
+CLIENT_CLOSED_REQUEST = 499
 # the part of a request where FastAPI found an error, which comes before the name
 _REQUEST_PARTS = frozenset({"body", "query", "path", "header"})
 _TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
@@ -83,10 +90,45 @@ def install_error_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def answer_unexpected(request: Request, error: Exception) -> Response:
-        log.error("unexpected error", path=request.scope["path"], error=repr(error))
-        return error_response(ServerError("the server failed on this request; its log says why"))
+    @app.exception_handler(ClientDisconnect)
+    async def end_quietly(_request: Request, _error: ClientDisconnect) -> Response:
+        """The client left while it sent its body, which is no fault of anybody here."""
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    app.add_middleware(UnexpectedErrors)
+
+
+class UnexpectedErrors:
+    """ASGI middleware: an error that nobody expected is logged once, and answered, and the connection stays in order.
+
+    Starlette's own handler raises the error again, whereupon the connection is cut. An answer that has begun is cut
+    here too, as nothing else would tell the client that it is not whole.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            await error_response(note_unexpected(scope, error))(scope, receive, send)
+
+
+def note_unexpected(scope: Scope, error: Exception) -> ServerError:
+    """Log an error that nobody expected, and what to tell the client of it: nothing of the inside."""
+    words = "".join(traceback.format_exception(error))
+    log.error("unexpected error", path=scope["path"], request_id=request_id_of(scope), traceback=words)
+    return ServerError("the server failed on this request; its log says why, beside the id in x-request-id")
 
 
 def _http_message(request: Request, error: HTTPException) -> str:

@@ -8,15 +8,13 @@ import orjson
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.errors import error_bytes
+from server.api.errors import CLIENT_CLOSED_REQUEST, error_bytes, note_unexpected
 from server.errors import ServerError
 
 Answer = TypeVar("Answer")
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-# nginx's code for a client that went away; nobody receives it, the access log shows it
-CLIENT_CLOSED_REQUEST = 499
 
 
 def frame(payload: object) -> bytes:
@@ -25,7 +23,7 @@ def frame(payload: object) -> bytes:
 
 
 class EventStream(Response):
-    """Sends frames as they come, then [DONE]. A ServerError on the way becomes a frame of its own before [DONE].
+    """Sends frames as they come, then [DONE]. An error on the way becomes a frame of its own before [DONE].
 
     However it ends, and when the client goes away first, the frames' generator is closed before the call returns.
     """
@@ -36,20 +34,21 @@ class EventStream(Response):
         self._first = first
         self._frames = frames
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_disconnected(receive, self._send_frames(send))
+            await unless_disconnected(receive, self._send_frames(scope, send))
         finally:
             await self._frames.aclose()
 
-    async def _send_frames(self, send: Send) -> None:
+    async def _send_frames(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
             async for content in self._frames:
                 await send({"type": "http.response.body", "body": content, "more_body": True})
-        except ServerError as error:
-            content = b"data: " + error_bytes(error) + b"\n\n"
+        except Exception as error:
+            known = error if isinstance(error, ServerError) else note_unexpected(scope, error)
+            content = b"data: " + error_bytes(known) + b"\n\n"
             await send({"type": "http.response.body", "body": content, "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 

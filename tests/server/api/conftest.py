@@ -1,7 +1,8 @@
 """The whole application around a fake engine: in process, and on a real socket."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,15 @@ from tests.tiny_models import IM_END_ID, VOCAB_SIZE, save_tiny_model
 MODEL_NAME = "tiny"
 MAX_MODEL_LEN = 256
 ANSWER = "Hello wörld, 5 € for 🙂! Stop here. And on."
+
+DEADLINE_SECONDS = 20.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

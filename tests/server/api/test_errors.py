@@ -1,10 +1,15 @@
 """Errors that are not about the body: unknown routes and models, a full queue, an engine that is not there or dies."""
 
+import http.client
 import json
+import socket
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 
+from tests.server.api.conftest import wait_until
 from tests.server.api.fake_engine import FakeEngineClient
 
 BODY = {"prompt": "ab", "max_tokens": 50}
@@ -99,14 +104,54 @@ def test_errors_are_counted_by_code(client: TestClient) -> None:
     assert 'awq_serve_http_errors_total{code="400"} 2.0' in metrics
 
 
+def broken(_request: object) -> list[int]:
+    raise ZeroDivisionError("secret")
+
+
 def test_an_error_that_nobody_expected_tells_nothing_of_the_inside(
     client: TestClient, engine: FakeEngineClient
 ) -> None:
-    def broken(_request: object) -> list[int]:
-        raise ZeroDivisionError("secret")
-
     engine.script = broken
-    response = client.post("/v1/completions", json=BODY)
+    with capture_logs() as logged:
+        response = client.post("/v1/completions", json=BODY, headers={"X-Request-Id": "mine"})
     assert response.status_code == 500
     assert_is_openais(response.json()["error"], code=None)
     assert "secret" not in response.text
+    # but the log does, once, beside the id that the client has
+    [entry] = [entry for entry in logged if entry["log_level"] == "error"]
+    assert "ZeroDivisionError: secret" in entry["traceback"]
+    assert entry["request_id"] == response.headers["x-request-id"] == "mine"
+    assert 'http_errors_total{code="500"} 1.0' in client.get("/metrics").text
+
+
+def test_an_error_that_nobody_expected_leaves_the_connection_in_order(live_url: str, engine: FakeEngineClient) -> None:
+    answer, engine.script = engine.script, broken
+    connection = http.client.HTTPConnection(live_url.removeprefix("http://"), timeout=30)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(BODY), headers)
+    assert connection.getresponse().read()
+    opened = connection.sock
+    engine.script = answer
+    connection.request("POST", "/v1/completions", json.dumps(BODY), headers)
+    assert connection.getresponse().status == 200
+    assert connection.sock is opened
+    connection.close()
+
+
+def test_an_error_that_nobody_expected_ends_a_stream_in_order(client: TestClient, engine: FakeEngineClient) -> None:
+    # given a token that no text can be made of
+    engine.script = lambda _request: [72, 72, 72, 1 << 40]
+    response = client.post("/v1/completions", json={**BODY, "stream": True, "logprobs": 1})
+    *_, failure, done, rest = response.text.split("\n\n")
+    assert_is_openais(json.loads(failure.removeprefix("data: "))["error"], code=None)
+    assert (done, rest) == ("data: [DONE]", "")
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(live_url: str) -> None:
+    host, port = live_url.removeprefix("http://").split(":")
+    with capture_logs() as logged:
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+            connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + b'{"prompt"')
+        wait_until(lambda: 'http_errors_total{code="499"} 1.0' in httpx.get(f"{live_url}/metrics").text)
+    assert not [entry for entry in logged if entry["log_level"] in ("warning", "error")]

@@ -2,30 +2,20 @@
 
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
 
-from tests.server.api.conftest import ANSWER, MODEL_NAME
+from tests.server.api.conftest import ANSWER, MODEL_NAME, wait_until
 from tests.server.api.fake_engine import FakeEngineClient
-
-DEADLINE_SECONDS = 20.0
 
 
 @pytest.fixture
 def client(live_url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{live_url}/v1", api_key="any", max_retries=0, timeout=30) as started:
         yield started
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.01)
 
 
 def test_a_completion(client: openai.OpenAI) -> None:

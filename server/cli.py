@@ -18,6 +18,7 @@ from server.api.services import ServedModel
 from server.app import create_app
 from server.demo import DemoModelError, find_demo_gguf, prepare_demo_model
 from server.engine.client import ProcessEngineClient
+from server.engine_log import EngineLog
 from server.errors import JobStoreUnavailable
 from server.http_server import GracefulServer, ListenError, listen
 from server.jobs.store import JobStore
@@ -114,7 +115,7 @@ def run_server(settings: Settings) -> str | None:
     model_path = locate_model(settings)
     tokenizer = Tokenizer.load(model_path)
     served = ServedModel(settings.served_model_name or model_path.name, str(model_path), int(time.time()))
-    engine = ProcessEngineClient(settings.engine_config(model_path))
+    engine = ProcessEngineClient(settings.engine_config(model_path), listener=EngineLog())
     quantizable, settings = allow_demo_as_source(settings)
     lines = ReadyLines(
         host=settings.host,

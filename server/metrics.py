@@ -78,6 +78,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         status = self._engine_status()
         yield _gauge("engine_ready", "1 when the engine takes requests.", float(status.state == "ready"))
+        yield _counter("engine_restarts", "Restarts of the engine's process after its death.", status.num_restarts)
         stats = status.stats
         if stats is None:
             return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from server.engine.admission import check_request
 from server.engine.child_process import EngineChild
 from server.engine.config import EngineConfig
+from server.engine.life_listener import LifeListener, NoListener
 from server.engine.messages import Abort, FromEngine, Generate, Loading, News, Ready, StartFailed
 from server.engine.open_requests import OpenRequests
 from server.engine.request import EngineStatus, FinishReason, GenerationRequest, TokenEvent
@@ -47,8 +48,14 @@ class RestartBudget:
 class ProcessEngineClient:
     """An EngineClient whose engine is a child process. One task supervises it; everything runs on one event loop."""
 
-    def __init__(self, config: EngineConfig, restart_policy: RestartPolicy | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        restart_policy: RestartPolicy | None = None,
+        listener: LifeListener | None = None,
+    ) -> None:
         self._config = config
+        self._listener = listener or NoListener()
         self._budget = RestartBudget(restart_policy or RestartPolicy())
         self._requests = OpenRequests(config.max_num_seqs + config.max_waiting)
         self._board = StatusBoard()
@@ -103,27 +110,32 @@ class ProcessEngineClient:
         try:
             while True:
                 self._start_error = None
-                self._child = await EngineChild.spawn(self._config)
-                how_it_ended = await self._child.hear(self._handle)
+                child = self._child = await EngineChild.spawn(self._config)
+                self._listener.spawned(child.process_id)
+                how_it_ended = await child.hear(self._handle)
                 self._child = None
                 if self._is_stopping:
-                    self._requests.end_all(FinishReason.ERROR, how_it_ended)
+                    num_lost = self._requests.end_all(FinishReason.ERROR, how_it_ended)
+                    if num_lost:
+                        self._listener.ended(child.process_id, how_it_ended, num_lost)
                     return
-                delay = self._note_the_end(self._start_error or how_it_ended)
+                delay = self._note_the_end(child.process_id, self._start_error or how_it_ended)
                 if delay is None:
                     return
+                self._listener.restarting(delay)
                 await asyncio.sleep(delay)
         finally:
             if not self._is_stopping and self._board.status.state != "failed":
                 self._give_up("the engine is no longer supervised; standard error has the traceback")
 
-    def _note_the_end(self, reason: str) -> float | None:
+    def _note_the_end(self, process_id: int, reason: str) -> float | None:
         """Tell everybody. Returns the seconds until the next start; None if there is none."""
         if self._board.status.model is None:
             # the first start: what is wrong is in the settings or the model, and trying again would not help
             self._give_up(reason)
             return None
-        self._requests.end_started(f"the engine stopped while it worked on this request: {reason}")
+        num_lost = self._requests.end_started(f"the engine stopped while it worked on this request: {reason}")
+        self._listener.ended(process_id, reason, num_lost)
         delay = self._budget.next_delay(time.monotonic())
         if delay is None:
             self._give_up(f"{reason}; it was restarted too often of late to try once more")
@@ -133,6 +145,7 @@ class ProcessEngineClient:
 
     def _give_up(self, reason: str) -> None:
         self._board.set_failed(reason)
+        self._listener.given_up(reason)
         self._requests.end_all(FinishReason.ERROR, f"the engine stopped: {reason}")
 
     def _handle(self, message: FromEngine) -> None:
@@ -145,6 +158,8 @@ class ProcessEngineClient:
                 self._board.set_loading(f"loading layer {num_loaded} of {num_layers}")
             case Ready(model):
                 self._board.set_ready(model)
+                if self._child is not None:
+                    self._listener.became_ready(self._child.process_id)
                 # an engine that died before it looked at them left these
                 for request in self._requests.unstarted():
                     self._send(Generate(request))

@@ -101,11 +101,13 @@ class OpenRequests:
         """The requests that no model has seen yet: safe to hand to another engine."""
         return [entry.request for entry in self._open.values() if not entry.is_started]
 
-    def end_started(self, error: str) -> None:
-        self._end([key for key, entry in self._open.items() if entry.is_started], FinishReason.ERROR, error)
+    def end_started(self, error: str) -> int:
+        """Returns how many those were."""
+        return self._end([key for key, entry in self._open.items() if entry.is_started], FinishReason.ERROR, error)
 
-    def end_all(self, finish_reason: FinishReason, error: str) -> None:
-        self._end(list(self._open), finish_reason, error)
+    def end_all(self, finish_reason: FinishReason, error: str) -> int:
+        """Returns how many those were."""
+        return self._end(list(self._open), finish_reason, error)
 
     async def wait_until_empty(self, seconds: float) -> None:
         """Return when no request is under way, or when the time is up."""
@@ -114,8 +116,9 @@ class OpenRequests:
         except TimeoutError:
             return
 
-    def _end(self, request_ids: list[str], finish_reason: FinishReason, error: str) -> None:
+    def _end(self, request_ids: list[str], finish_reason: FinishReason, error: str) -> int:
         self.deliver(TokenEvent(key, (), finish_reason=finish_reason, error=error) for key in request_ids)
+        return len(request_ids)
 
     def _remove(self, request_id: str) -> None:
         del self._open[request_id]

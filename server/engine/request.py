@@ -103,12 +103,16 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """Where the engine stands. detail: load progress, or why it is not ready. model: known once it was ready."""
+    """Where the engine stands. detail: load progress, or why it is not ready. model: known once it was ready.
+
+    num_restarts: how often its process was started anew after it had died.
+    """
 
     state: Literal["loading", "ready", "restarting", "draining", "failed"]
     detail: str
     model: ModelInfo | None
     stats: EngineStats | None
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ class StatusBoard:
     def set_ready(self, model: ModelInfo) -> None:
         """The engine can take requests; one that is already shutting down stays so."""
         if self.status.state != "draining":
-            self.status = EngineStatus(state="ready", detail="ready", model=model, stats=self.status.stats)
+            self.status = replace(self.status, state="ready", detail="ready", model=model)
         self._is_settled.set()
 
     def set_restarting(self, detail: str) -> None:
         self.status = replace(self.status, state="restarting", detail=detail, stats=None)
+        self.status = replace(self.status, num_restarts=self.status.num_restarts + 1)
         self._is_settled.clear()
 
     def set_draining(self, detail: str) -> None:

@@ -47,6 +47,28 @@ class EventLoopThread:
         self.loop.close()
 
 
+class RecordingListener:
+    """A LifeListener that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str | int | float, ...]] = []
+
+    def spawned(self, process_id: int) -> None:
+        self.events.append(("spawned", process_id))
+
+    def became_ready(self, process_id: int) -> None:
+        self.events.append(("ready", process_id))
+
+    def ended(self, process_id: int, reason: str, num_lost_requests: int) -> None:
+        self.events.append(("ended", process_id, reason, num_lost_requests))
+
+    def restarting(self, delay_seconds: float) -> None:
+        self.events.append(("restarting", delay_seconds))
+
+    def given_up(self, reason: str) -> None:
+        self.events.append(("given up", reason))
+
+
 def engine_config(directory: Path) -> EngineConfig:
     return EngineConfig(
         str(directory),
@@ -228,20 +250,36 @@ def test_a_model_that_cannot_be_loaded_is_told_in_the_childs_words(event_loop: E
 
 
 def test_an_engine_that_dies_too_often_is_given_up(event_loop: EventLoopThread, tiny_model: Path) -> None:
+    async def kill_at_work(client: ProcessEngineClient, request_id: str) -> int:
+        reader = asyncio.create_task(collect(client, request(request_id, 500)))
+        await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_running == 1)
+        process_id = client.process_id
+        assert process_id is not None
+        os.kill(process_id, signal.SIGKILL)
+        assert (await reader)[-1].finish_reason is FinishReason.ERROR
+        return process_id
+
     async def scenario() -> None:
-        # given an engine that may not be restarted, and a request it works on
-        client = ProcessEngineClient(engine_config(tiny_model), RestartPolicy(max_restarts=0))
+        # given an engine that may be restarted once
+        listener = RecordingListener()
+        policy = RestartPolicy(max_restarts=1, first_delay_seconds=0.01)
+        client = ProcessEngineClient(engine_config(tiny_model), policy, listener)
         await client.start()
         await client.wait_until_settled()
-        reader = asyncio.create_task(collect(client, request("lost", 500)))
-        await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_running == 1)
-        assert client.process_id is not None
-        # when it dies
-        os.kill(client.process_id, signal.SIGKILL)
-        # then whoever watches is told, and the request has ended
+        # when it dies twice at work
+        first = await kill_at_work(client, "lost")
+        await client.wait_until_settled()
+        second = await kill_at_work(client, "lost too")
+        # then whoever waits for that is told, and the listener of every step on the way
         status = await client.wait_until_failed()
         assert "restarted too often" in status.detail
-        assert (await reader)[-1].finish_reason is FinishReason.ERROR
+        assert status.num_restarts == 1
+        killed = listener.events[2][2]
+        assert "SIGKILL" in str(killed)
+        assert listener.events == [
+            *[("spawned", first), ("ready", first), ("ended", first, killed, 1), ("restarting", 0.01)],
+            *[("spawned", second), ("ready", second), ("ended", second, killed, 1), ("given up", status.detail)],
+        ]
         await client.stop(0)
 
     event_loop.call(scenario())

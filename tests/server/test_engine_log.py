@@ -1,0 +1,29 @@
+"""What an operator learns of the engine's deaths: the log's lines and the metric."""
+
+from structlog.testing import capture_logs
+
+from server.engine.request import EngineStatus
+from server.engine_log import EngineLog
+from server.metrics import Metrics
+
+
+def test_each_event_is_one_line_with_its_numbers() -> None:
+    log = EngineLog()
+    with capture_logs() as lines:
+        log.spawned(12)
+        log.became_ready(12)
+        log.ended(12, "it was killed", 3)
+        log.restarting(0.5)
+        log.given_up("it was restarted too often")
+    assert lines == [
+        {"event": "engine started", "log_level": "info", "pid": 12},
+        {"event": "engine ready", "log_level": "info", "pid": 12},
+        {"event": "engine ended", "log_level": "error", "pid": 12, "reason": "it was killed", "lost_requests": 3},
+        {"event": "engine restarts", "log_level": "warning", "delay_seconds": 0.5},
+        {"event": "engine given up", "log_level": "critical", "reason": "it was restarted too often"},
+    ]
+
+
+def test_restarts_are_counted_while_there_is_no_engine_too() -> None:
+    metrics = Metrics(lambda: EngineStatus("restarting", "it was killed", None, None, num_restarts=2))
+    assert b"\nawq_serve_engine_restarts_total 2.0\n" in metrics.render()

@@ -65,5 +65,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --start-period=15m --interval=15s --timeout=5s --retries=3 \
     CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['AWQ_SERVE_PORT']), timeout=4); c.request('GET', '/ready'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["awq-serve"]
-# needs AWQ_SERVE_API_KEYS, as it listens beyond the container; without a key it says so and ends
+# needs AWQ_SERVE_API_KEY, as it listens beyond the container; without a key it says so and ends
 CMD ["serve"]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -21,6 +22,8 @@ from server.engine.config import Device, DType, EngineConfig
 ENVIRONMENT_PREFIX = "AWQ_SERVE_"
 # names the settings file itself, so it cannot be in one
 CONFIG_VARIABLE = "AWQ_SERVE_CONFIG"
+# the one key of most servers, under the name by which its clients have it too
+KEY_VARIABLE = "AWQ_SERVE_API_KEY"
 MEBIBYTE = 1 << 20
 
 
@@ -101,7 +104,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        key = os.environ.get(KEY_VARIABLE)
+        one_key = InitSettingsSource(settings_cls, {"api_keys": (key,)} if key else {})
+        return init_settings, env_settings, one_key, TomlConfigSettingsSource(settings_cls)
 
     @field_validator("api_keys", "allowed_hosts", mode="before")
     @classmethod
@@ -221,14 +226,21 @@ def _read_keys(path: Path) -> list[str]:
     return keys
 
 
+def known_variables() -> set[str]:
+    """Every environment variable that is read."""
+    return {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE, KEY_VARIABLE}
+
+
 def _check_variables() -> None:
     """A misspelt variable must not be ignored in silence."""
-    known = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    known = known_variables()
     unknown = sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
     if unknown:
         raise SettingsError(
             f"unknown environment variables: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
+    if os.environ.get(KEY_VARIABLE) and os.environ.get(f"{KEY_VARIABLE}S"):
+        raise SettingsError(f"{KEY_VARIABLE} and {KEY_VARIABLE}S are both set; put all keys into {KEY_VARIABLE}S")
 
 
 def _sentence(location: tuple[int | str, ...], message: str) -> str:

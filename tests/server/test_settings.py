@@ -13,6 +13,7 @@ def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(f"AWQ_SERVE_{name.upper()}", raising=False)
     monkeypatch.delenv("AWQ_SERVE_CONFIG", raising=False)
+    monkeypatch.delenv("AWQ_SERVE_API_KEY", raising=False)
 
 
 def write(path: Path, content: str) -> Path:
@@ -129,3 +130,23 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         load_settings({}, tmp_path / "nothing.toml")
     with pytest.raises(SettingsError, match="nothing-keys"):
         load_settings({"api_key_file": str(tmp_path / "nothing-keys")})
+
+
+def test_the_variable_of_one_key_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # given one key, which may hold a comma
+    monkeypatch.setenv("AWQ_SERVE_API_KEY", "one,key")
+    assert load_settings({}).api_keys == ("one,key",)
+    # then flags win over it, and it over the file
+    file = write(tmp_path / "settings.toml", 'api_keys = ["file"]\n')
+    assert load_settings({}, file).api_keys == ("one,key",)
+    assert load_settings({"api_keys": ["flag"]}).api_keys == ("flag",)
+    # and an empty one is none
+    monkeypatch.setenv("AWQ_SERVE_API_KEY", "")
+    assert load_settings({}).api_keys == ()
+
+
+def test_both_variables_for_keys_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWQ_SERVE_API_KEY", "one")
+    monkeypatch.setenv("AWQ_SERVE_API_KEYS", "one,two")
+    with pytest.raises(SettingsError, match="both set"):
+        load_settings({})

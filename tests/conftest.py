@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+# torch's threads wait for each other by spinning unless told otherwise before it is loaded: where a test's processes
+# share the cores, that takes many times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # without a GPU the Triton kernels run interpreted; said before anything imports triton, which transformers does

@@ -52,11 +52,10 @@ class FoldedGroup:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A quantized linear: its packed weight, and its relative output error by plain rounding and as chosen."""
+    """A quantized linear: its packed weight, the formula of its scale, and its relative output error."""
 
     packed: PackedWeight
     formula: str
-    plain_loss: float
     loss: float
 
 
@@ -92,13 +91,12 @@ def round_folded(
         observed = group.linears[0]
         choice, scale = folded[observed].choice, folded[observed].scale
         gram = statistics[observed].gram / (scale[:, None] * scale[None, :])
-        for name, signal, plain_loss in zip(group.linears, choice.signals, choice.plain_losses, strict=True):
+        for name, signal in zip(group.linears, choice.signals, strict=True):
             weight = linear_of(block, name).weight.detach().clone()
             packed = _round(block, name, search_range(weight, gram, plan.grouping), plan.grouping)
             results[name] = LayerResult(
                 packed=packed,
                 formula=choice.candidate.name,
-                plain_loss=plain_loss,
                 loss=relative_loss(weight - dequantize(packed), gram, signal),
             )
     return results

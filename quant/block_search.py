@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from kernels.layout import PackedWeight
 from quant.block import BlockPlan, check_finite, fold_scales, round_block_plainly, round_folded
 from quant.capture import BlockInput, capture, run_block
-from quant.errors import QuantizationError
 from quant.report import BlockError, LayerLoss
 
 # float32 rounding over a block stays well under this; a scale folded wrongly is off by more than 0.01
@@ -30,7 +29,8 @@ class BlockOutcome:
 def search_block(block: nn.Module, name: str, index: int, inputs: list[BlockInput], plan: BlockPlan) -> BlockOutcome:
     """Quantize the block of that name and index in place: scales and ranges searched, or plain where that is better.
 
-    Raises QuantizationError naming the block when its output is not finite or folding changed its function.
+    It is rounded plainly too where folding did not leave its function as it was. Raises QuantizationError naming the
+    block when its output is not finite.
     """
     captured = capture(block, index, inputs, plan.observed_names())
     for observed, statistics in captured.statistics.items():
@@ -42,24 +42,29 @@ def search_block(block: nn.Module, name: str, index: int, inputs: list[BlockInpu
 
     folded = fold_scales(block, plan, captured.statistics)
     fold_error = _change(run_block(block, index, sample).hidden, target, sample.hidden)
-    if not fold_error < MAX_FOLD_ERROR:
-        raise QuantizationError(f"folding scales changed the output of {name} by {fold_error:.2g} of itself")
-    results = round_folded(block, plan, captured.statistics, folded)
-    chosen_error = _change(run_block(block, index, sample).hidden, target, sample.hidden)
-
-    packed = {linear: result.packed for linear, result in results.items()}
-    layers = tuple(
-        LayerLoss(f"{name}.{linear}", result.formula, result.plain_loss, result.loss)
-        for linear, result in results.items()
-    )
-    kept = "searched"
-    if not chosen_error <= plain_error:
+    plain_losses = {
+        linear: loss
+        for group in plan.groups
+        for linear, loss in zip(group.linears, folded[group.linears[0]].choice.plain_losses, strict=True)
+    }
+    chosen_error = plain_error
+    if fold_error < MAX_FOLD_ERROR:
+        results = round_folded(block, plan, captured.statistics, folded)
+        chosen_error = _change(run_block(block, index, sample).hidden, target, sample.hidden)
+    if fold_error < MAX_FOLD_ERROR and chosen_error <= plain_error:
+        kept, packed = "searched", {linear: result.packed for linear, result in results.items()}
+        layers = [
+            LayerLoss(f"{name}.{linear}", result.formula, plain_losses[linear], result.loss)
+            for linear, result in results.items()
+        ]
+    else:
         block.load_state_dict(plain.state_dict())
-        packed, kept = plain_packed, "plain"
+        kept, packed = "plain", plain_packed
+        layers = [LayerLoss(f"{name}.{linear}", "plain", loss, loss) for linear, loss in plain_losses.items()]
     return BlockOutcome(
         packed=packed,
         next_inputs=[run_block(block, index, chunk) for chunk in inputs],
-        layers=layers,
+        layers=tuple(layers),
         error=BlockError(name, plain_error, chosen_error, kept),
     )
 

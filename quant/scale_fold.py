@@ -39,9 +39,10 @@ def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, spread: ChannelSpre
     with torch.no_grad():
         if weight.dim() == 1:
             quotient = (weight / scale).to(STORAGE_DTYPE).float()
-            # a channel whose norm weight is 0, or becomes 0, carries nothing that a scale could balance
-            effective = torch.where(quotient == 0, torch.ones_like(scale), weight / quotient)
-            weight.copy_(torch.where(quotient == 0, weight, quotient))
+            # a channel whose norm weight is 0, or leaves what STORAGE_DTYPE can hold, keeps the weight it has
+            kept = (quotient == 0) | ~torch.isfinite(quotient)
+            effective = torch.where(kept, torch.ones_like(scale), weight / quotient)
+            weight.copy_(torch.where(kept, weight, quotient))
         else:
             effective = scale
             weight.div_(scale[:, None])

@@ -75,6 +75,24 @@ def test_a_channel_that_the_norm_switches_off_is_left_alone() -> None:
     assert bool(torch.isfinite(linear_of(block, "mlp.up_proj").weight).all())
 
 
+def test_a_channel_that_float16_could_not_hold_is_left_alone() -> None:
+    group = groups_for("llama")[2]
+    block = nn.ModuleDict(
+        {
+            "post_attention_layernorm": nn.RMSNorm(8),
+            "mlp": nn.ModuleDict({"gate_proj": nn.Linear(8, 4), "up_proj": nn.Linear(8, 4)}),
+        }
+    )
+    norm = block.get_submodule("post_attention_layernorm").get_parameter("weight").detach()
+    norm[5] = 300
+    scale = random_scale(8)
+    scale[5] = 1e-3
+    applied = fold(block, group, scale, ChannelSpread(width=8, repeats=1))
+    assert float(applied[5]) == 1
+    assert float(norm[5]) == 300
+    assert bool(torch.isfinite(linear_of(block, "mlp.up_proj").weight).all())
+
+
 def test_shapes_that_do_not_say_how_heads_repeat_are_not_folded() -> None:
     block = nn.ModuleDict({"self_attn": nn.ModuleDict({"v_proj": nn.Linear(48, 24), "o_proj": nn.Linear(80, 48)})})
     assert spread_of(block, groups_for("llama")[1], head_width=16) is None

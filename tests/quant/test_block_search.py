@@ -1,0 +1,107 @@
+"""One block: what is written is what the next block reads, and plain rounding stands in for a search that failed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import quant.block
+import quant.block_search
+from kernels.layout import PackedWeight, unpack
+from kernels.reference import dequantize
+from quant.block import BlockPlan, FoldedGroup, fold_scales, round_block_plainly
+from quant.block_search import BlockOutcome, search_block
+from quant.capture import BlockInput, InputStatistics, embed, run_block
+from quant.pipeline import blocks_of
+from quant.rounding import GroupRange, full_range
+from quant.scale_groups import groups_for, linear_of
+from quant.scale_search import Grouping
+from tests.tiny_models import save_tiny_model
+
+PLAN = BlockPlan(groups_for("llama"), head_width=16, grouping=Grouping(bits=4, group_size=32))
+NAME = "model.layers.0"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The first block of a tiny model, its inputs, and how it was before anything was done to it."""
+
+    block: nn.Module
+    inputs: list[BlockInput]
+    original_output: Tensor
+    plain: Mapping[str, PackedWeight]
+
+    def search(self) -> BlockOutcome:
+        with torch.no_grad():
+            return search_block(self.block, NAME, 0, self.inputs, PLAN)
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    directory = save_tiny_model("llama", tmp_path / "model")
+    tokens = torch.arange(4 * 32).view(4, 32) * 7 % 256
+    with torch.no_grad():
+        model, rounded = (AutoModelForCausalLM.from_pretrained(directory).eval() for _ in range(2))
+        plain = round_block_plainly(blocks_of(rounded)[NAME], PLAN)
+        inputs = embed(model.model, tokens)
+        block = blocks_of(model)[NAME]
+        return Subject(block, inputs, run_block(block, 0, inputs[0]).hidden, plain)
+
+
+def is_plain(subject: Subject, outcome: BlockOutcome) -> bool:
+    return all(
+        torch.equal(unpack(outcome.packed[name]).codes, unpack(packed).codes) for name, packed in subject.plain.items()
+    )
+
+
+def test_the_next_block_reads_what_the_packed_weights_give(subject: Subject) -> None:
+    outcome = subject.search()
+
+    assert outcome.error.kept == "searched"
+    for name, packed in outcome.packed.items():
+        assert torch.equal(linear_of(subject.block, name).weight, dequantize(packed))
+    with torch.no_grad():
+        quantized = run_block(subject.block, 0, subject.inputs[0]).hidden
+    assert torch.equal(outcome.next_inputs[0].hidden, quantized)
+    assert not torch.allclose(outcome.next_inputs[0].hidden, subject.original_output, atol=1e-3)
+
+
+def test_a_fold_that_changes_the_function_is_undone(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    # given folding that forgets one consumer
+    def forget_the_gate(
+        block: nn.Module, plan: BlockPlan, statistics: Mapping[str, InputStatistics]
+    ) -> dict[str, FoldedGroup]:
+        weight = linear_of(block, "mlp.gate_proj").weight
+        before = weight.detach().clone()
+        folded = fold_scales(block, plan, statistics)
+        weight.copy_(before)
+        return folded
+
+    monkeypatch.setattr(quant.block_search, "fold_scales", forget_the_gate)
+
+    outcome = subject.search()
+
+    assert outcome.error.kept == "plain"
+    assert is_plain(subject, outcome)
+    assert all(layer.chosen == layer.plain for layer in outcome.layers)
+
+
+def test_a_search_that_ends_worse_than_plain_rounding_is_not_written(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given ranges that clip nearly everything
+    def far_too_narrow(weight: Tensor, _gram: Tensor, grouping: Grouping) -> GroupRange:
+        widest = full_range(weight, grouping.group_size)
+        return GroupRange(low=widest.low / 50, high=widest.high / 50)
+
+    monkeypatch.setattr(quant.block, "search_range", far_too_narrow)
+
+    outcome = subject.search()
+
+    assert outcome.error.chosen > outcome.error.plain
+    assert outcome.error.kept == "plain"
+    assert is_plain(subject, outcome)

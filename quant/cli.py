@@ -111,8 +111,9 @@ def eval_command(
 
 
 def main() -> None:
-    """Run the command line; SIGTERM ends it as Ctrl-C does, so that nothing half-written stays."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Run the command line; SIGTERM and SIGHUP end it as Ctrl-C does, so that nothing half-written stays."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _stop)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     app(prog_name=PROGRAM)
 

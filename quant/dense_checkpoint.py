@@ -28,9 +28,12 @@ def load_dense(directory: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: config.json describes no model: {error}") from error
+    tensors = _dense_tensors(reader)
+    # a head of its own is loaded as one, whatever the config says of a tied one
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head.weight" not in tensors
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     try:
-        missing, unexpected = model.load_state_dict(_dense_tensors(reader), strict=False)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{directory}: a tensor has another shape than config.json says: {error}") from error
     if config.tie_word_embeddings:

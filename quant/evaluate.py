@@ -29,6 +29,7 @@ from quant.source import open_source
 HELD_OUT_TEXT = Path(__file__).parent / "held_out.txt"
 # rows of logits compared at once: a window times the vocabulary in float32 several times over would not stay small
 ROWS_AT_ONCE = 128
+MAX_MEAN_NLL = 700.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def compare(models: Mapping[str, PreTrainedModel], windows: Tensor, meter: Progr
     return tuple(
         Quality(
             name=name,
-            perplexity=math.exp(total.window_nll / len(windows)),
+            # beyond this the number says nothing, and exp overflows
+            perplexity=math.exp(min(total.window_nll / len(windows), MAX_MEAN_NLL)),
             mean_kl=None if name == first else total.kl / total.num_tokens,
             top1_agreement=None if name == first else total.num_agreeing / total.num_tokens,
         )

@@ -1,9 +1,8 @@
 """The walk of a quantization: open, calibrate, take the blocks one by one, write, measure. It owns the loaded model."""
 
-import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +10,20 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import PackedWeight
+from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
 from quant.block import BlockPlan, check_finite, round_block_plainly
 from quant.block_search import search_block
-from quant.calibration import calibration_tokens
+from quant.calibration import CalibrationTokens, calibration_tokens, read_text
 from quant.capture import embed
 from quant.checkpoint.meta import awq_gemm_meta
-from quant.checkpoint.writer import CheckpointWriter
-from quant.errors import OutputError
+from quant.checkpoint.writer import CheckpointWriter, check_place
+from quant.errors import RecipeError
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe, choose_group_size
-from quant.report import BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
+from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import groups_for, linear_of
+from quant.scale_groups import ScaleGroup, groups_for, linear_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
@@ -60,11 +59,11 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     """Quantize the model at source_path (a directory or a .gguf file) into the new directory out.
 
     `out` appears whole or not at all. Raises RecipeError, SourceError, OutputError or CheckpointError for bad input
-    before the long work starts, QuantizationError when a result is not finite or folding changed the function.
+    before the long work starts, QuantizationError when a result is not finite.
     """
     start_s = time.monotonic()
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists already; choose another place or remove it")
+    check_place(out)
+    text = read_text(recipe) if recipe.method is Method.AWQ else None
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
     source = open_source(source_path)
@@ -72,10 +71,13 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     plan = plan_blocks(recipe, source)
     for name, parameter in source.model.named_parameters():
         check_finite(name, parameter)
-    with CheckpointWriter(out, expected_bytes=expected_bytes(source.model, plan)) as writer:
+    files = source.side_files()
+    num_bytes = expected_bytes(source.model, plan) + sum(map(len, files.values()))
+    with CheckpointWriter(out, expected_bytes=num_bytes) as writer:
         job = Job(recipe, source, plan, writer, meter)
+        tokens = calibration_tokens(recipe, source, text, _steps_of(meter)) if recipe.method is Method.AWQ else None
         original = _measure(job)
-        numbers = _search_blocks(job) if recipe.method is Method.AWQ else _round_blocks(job)
+        numbers = _round_blocks(job) if tokens is None else _search_blocks(job, tokens)
         _write_plain_tensors(job)
         quantized = _measure(job)
         report = Report(
@@ -90,9 +92,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        report.save(writer.directory)
-        source.save_side_files(writer.directory)
-        writer.commit(_checkpoint_config(source, plan), files={})
+        writer.commit(_checkpoint_config(source, plan), files={**files, REPORT_FILE: report.to_bytes()})
     return report
 
 
@@ -106,10 +106,23 @@ def plan_blocks(recipe: Recipe, source: SourceModel) -> BlockPlan:
         for linear in group.linears
     }
     group_size = choose_group_size(recipe.group_size, in_features)
+    _check_out_features(source.model, groups)
     head_width = getattr(source.config, "head_dim", None)
     if head_width is None:
         head_width = source.config.hidden_size // source.config.num_attention_heads
     return BlockPlan(groups, head_width, Grouping(recipe.bits, group_size))
+
+
+def _check_out_features(model: PreTrainedModel, groups: tuple[ScaleGroup, ...]) -> None:
+    """Raises RecipeError naming the first layer whose outputs do not fill the words of the AWQ gemm format."""
+    for block_name, block in blocks_of(model).items():
+        for name in (linear for group in groups for linear in group.linears):
+            out_features = linear_of(block, name).out_features
+            if out_features % AWQ_COLUMNS_PER_WORD:
+                raise RecipeError(
+                    f"{block_name}.{name} has {out_features} outputs, and the AWQ gemm format packs "
+                    f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
+                )
 
 
 def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -131,9 +144,12 @@ def expected_bytes(model: PreTrainedModel, plan: BlockPlan) -> int:
     return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
 
 
-def _search_blocks(job: Job) -> SearchNumbers:
+def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
+    return lambda done, total: meter.report("calibrate", done, total)
+
+
+def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
     """AWQ: block after block, each on the states that the quantized blocks before it give."""
-    tokens = calibration_tokens(job.recipe, job.source, lambda done, total: job.meter.report("calibrate", done, total))
     inputs = embed(job.source.model.get_submodule(DECODER), tokens.ids)
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []

@@ -9,6 +9,11 @@ from quant.errors import RecipeError
 
 GROUP_SIZES = (128, 64, 32)
 SELF_CALIBRATION = "self"
+# far beyond what any calibration gains from, and what memory holds
+MAX_SAMPLES = 65_536
+MAX_SAMPLE_TOKENS = 1_048_576
+# what torch's generators take
+MAX_SEED = 2**63 - 1
 
 
 class Method(StrEnum):
@@ -45,12 +50,14 @@ class Recipe:
             raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}")
         if not self.calibration.strip():
             raise RecipeError("calibration is empty; give self, the path of a text file, or the name of a hub data set")
-        for name, value in (("calibration samples", self.num_samples), ("calibration tokens", self.sample_tokens)):
-            if value < 1:
-                raise RecipeError(f"{name} is {value}; it must be at least 1")
-        for name, value in (("number of windows", self.num_windows), ("seed", self.seed)):
-            if value < 0:
-                raise RecipeError(f"{name} is {value}; it must be 0 or more")
+        for name, value, smallest, largest in (
+            ("calibration samples", self.num_samples, 1, MAX_SAMPLES),
+            ("calibration tokens", self.sample_tokens, 1, MAX_SAMPLE_TOKENS),
+            ("number of windows", self.num_windows, 0, MAX_SAMPLES),
+            ("seed", self.seed, 0, MAX_SEED),
+        ):
+            if not smallest <= value <= largest:
+                raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}")
 
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.table import Table
 
@@ -67,10 +66,9 @@ class Report:
         """The fields as plain JSON values."""
         return asdict(self)
 
-    def save(self, directory: Path) -> None:
-        """Write report.json into the directory."""
-        text = json.dumps(self.to_json(), indent=2) + "\n"
-        (directory / REPORT_FILE).write_text(text, encoding="utf-8")
+    def to_bytes(self) -> bytes:
+        """The content of REPORT_FILE."""
+        return (json.dumps(self.to_json(), indent=2) + "\n").encode()
 
 
 def layer_table(report: Report) -> Table:

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from quant.errors import QuantizationError, SourceError
 
 # short openings over the kinds of text a model is asked for; the model writes the rest
 PROMPTS = (
@@ -56,6 +59,8 @@ def write_text(
             written[:, position] = column
             on_step(position + 1, num_tokens)
             logits = model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            if not bool(torch.isfinite(logits).all()):
+                raise QuantizationError("the model gives logits that are not finite, so it cannot write its own text")
             column = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
             for row, queue in enumerate(waiting):
                 if not queue and int(column[row]) in end_ids:
@@ -74,9 +79,12 @@ def _openings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
         return [[first_id]]
     openings = []
     for prompt in PROMPTS:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise SourceError(f"the model's chat template cannot be rendered: {error}") from error
         openings += [tokenizer(text, add_special_tokens=False)["input_ids"], [first_id]]
     return openings
 

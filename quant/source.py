@@ -4,7 +4,6 @@ Reads a Hugging Face directory (safetensors only) or a GGUF file. Runs no code t
 """
 
 import json
-import shutil
 import struct
 import tempfile
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from quant.checkpoint.location import GGUF_SUFFIX
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.errors import SourceError
 from quant.scale_groups import groups_for
@@ -32,14 +31,38 @@ SIDE_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     GENERATION_CONFIG_FILE,
+    "LICENSE",
+    "LICENSE.txt",
 )
-# where the source lay and how transformers held it: nothing a checkpoint should repeat
-TRANSIENT_CONFIG_FIELDS = ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version")
+# where the source lay, how transformers held it, and code that is neither run nor copied: nothing a checkpoint repeats
+TRANSIENT_CONFIG_FIELDS = (
+    "_name_or_path",
+    "_model_name_or_path",
+    "quantization_config",
+    "transformers_version",
+    "auto_map",
+)
+# tensors that older tools saved and every loader computes for itself
+COMPUTED_TENSORS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+# what transformers and gguf raise for files that are no model, or a damaged one, or a config that makes no sense
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -55,20 +78,23 @@ class SourceModel:
     name: str
     path: Path
 
-    def save_side_files(self, directory: Path) -> None:
-        """Write tokenizer, chat template and generation config into `directory`.
+    def side_files(self) -> dict[str, bytes]:
+        """Tokenizer, chat template and generation config, by file name.
 
-        A directory's files are copied; a GGUF file's are made from what transformers read out of it.
+        A directory's files are taken as they are; a GGUF file's are made from what transformers read out of it.
         """
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder)
+            if self.model.generation_config is not None:
+                self.model.generation_config.save_pretrained(made)
+            if self.path.is_file():
+                self.tokenizer.save_pretrained(made)
+                _name_tokenizer_class_for_all_versions(made / TOKENIZER_CONFIG_FILE)
+            files = {file.name: file.read_bytes() for file in sorted(made.iterdir())}
         if self.path.is_dir():
-            for file_name in SIDE_FILES:
-                if (self.path / file_name).is_file():
-                    shutil.copyfile(self.path / file_name, directory / file_name)
-        else:
-            self.tokenizer.save_pretrained(directory)
-            _name_tokenizer_class_for_all_versions(directory / TOKENIZER_CONFIG_FILE)
-        if not (directory / GENERATION_CONFIG_FILE).exists() and self.model.generation_config is not None:
-            self.model.generation_config.save_pretrained(directory)
+            own = (self.path / name for name in SIDE_FILES)
+            files |= {file.name: file.read_bytes() for file in own if file.is_file()}
+        return files
 
     def checkpoint_config(self, dtype: torch.dtype) -> dict[str, object]:
         """The config.json of a checkpoint of this model whose plain tensors have `dtype`; without quantization_config.
@@ -85,7 +111,10 @@ class SourceModel:
                 fields["rope_theta"] = rope_parameters["rope_theta"]
         dtype_name = str(dtype).removeprefix("torch.")
         kept = {name: value for name, value in fields.items() if name not in TRANSIENT_CONFIG_FIELDS}
-        return {**kept, "dtype": dtype_name, "torch_dtype": dtype_name}
+        # as the weights are: a file that ships a head of its own is not tied, whatever its config says
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        is_tied = head is not None and head.weight is embedding.weight
+        return {**kept, "tie_word_embeddings": is_tied, "dtype": dtype_name, "torch_dtype": dtype_name}
 
 
 def open_source(path: Path) -> SourceModel:
@@ -94,7 +123,7 @@ def open_source(path: Path) -> SourceModel:
     Raises SourceError when it is no model, is quantized already, lacks a tokenizer or tensors, or is of an
     architecture that cannot be quantized (lists the known); CheckpointError naming the damaged file.
     """
-    if path.suffix == GGUF_SUFFIX:
+    if path.is_file():
         return _open_gguf(path)
     reader = CheckpointReader.open(path)
     if reader.meta is not None:
@@ -135,16 +164,42 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        # what transformers and gguf raise for files that are no model, or a damaged one
+    except LOADING_ERRORS as error:
         raise SourceError(f"{path} cannot be loaded as a language model: {error}") from error
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
-    missing = sorted(str(key) for keys in ("missing_keys", "mismatched_keys") for key in loading[keys])
-    if missing:
-        raise SourceError(f"{path} lacks tensors its config asks for: {', '.join(missing[:5])} ({len(missing)} in all)")
+    _check_loading(path, loading)
+    _check_token_ids(path, model)
     # transformers' default is 1e30, which would be written into the checkpoint
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return SourceModel(model=model, tokenizer=tokenizer, config=model.config, name=str(path.absolute()), path=path)
+
+
+def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
+    """Raises SourceError naming tensors that are missing, of another shape, or in the file and not in the model."""
+    missing = [*map(str, loading["missing_keys"])]
+    # each is (name, shape in the file, shape that the config asks for)
+    missing += [f"{key[0]} (as {key[2]}, not {key[1]})" for key in loading["mismatched_keys"] if isinstance(key, tuple)]
+    if missing:
+        names = ", ".join(sorted(missing)[:5])
+        raise SourceError(f"{path} lacks tensors its config asks for: {names} ({len(missing)} in all)")
+    unused = sorted(name for name in map(str, loading["unexpected_keys"]) if not name.endswith(COMPUTED_TENSORS))
+    if unused:
+        raise SourceError(
+            f"{path} holds tensors that its config has no place for: {', '.join(unused[:5])} ({len(unused)} in all); "
+            "config.json belongs to another model, or a field of it is wrong"
+        )
+
+
+def _check_token_ids(path: Path, model: PreTrainedModel) -> None:
+    """Raises SourceError for a model without blocks, or a special token beyond the vocabulary."""
+    config = model.config
+    if config.num_hidden_layers < 1:
+        raise SourceError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; there is nothing to quantize")
+    for field in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, field)
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and not 0 <= token_id < config.vocab_size:
+                raise SourceError(f"{path}: {field} is {token_id}, but the vocabulary has {config.vocab_size} tokens")
 
 
 def _name_tokenizer_class_for_all_versions(file: Path) -> None:

@@ -100,7 +100,7 @@ def _find_sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
 def _parse_object(data: bytes, file: Path) -> dict[str, object]:
     try:
         value: object = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} holds no valid JSON ({error}): {DOWNLOAD_AGAIN}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not {type(value).__name__}: {DOWNLOAD_AGAIN}")

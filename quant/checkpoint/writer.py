@@ -5,6 +5,7 @@ Quantizes nothing and knows no model: it is handed tensors, packed weights, the 
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ DEFAULT_SHARD_BYTES = 2 * 1024**3
 class CheckpointWriter:
     """Use as a context manager: leaving it without `commit` removes everything that was written.
 
-    `directory` is the hidden folder; side files such as the tokenizer's may be saved straight into it before commit.
+    `directory` is the hidden folder.
     """
 
     def __init__(self, out: Path, *, expected_bytes: int, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
@@ -46,8 +47,7 @@ class CheckpointWriter:
         self._shards: list[tuple[str, ...]] = []
         self._names: set[str] = set()
         self._total_bytes = 0
-        if os.path.lexists(self._out):
-            raise OutputError(f"{out} exists already; choose another place or remove it")
+        check_place(out)
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale_folders(self._out)
@@ -162,6 +162,17 @@ class CheckpointWriter:
         )
 
 
+def check_place(out: Path) -> None:
+    """Raises OutputError when `out` exists, or the nearest folder above it that exists cannot be written to."""
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already; choose another place or remove it")
+    parent = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise OutputError(f"{out} cannot be written: {parent} is no directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: no permission to write in {parent}")
+
+
 def _partial_prefix(out: Path) -> str:
     return f".{out.name}.partial-"
 
@@ -179,7 +190,9 @@ def _lock_folder(folder: Path) -> int:
 
 def _remove_stale_folders(out: Path) -> None:
     """Remove the hidden folders of runs that are dead; a living run holds the lock of its own."""
-    for folder in out.parent.glob(f"{_partial_prefix(out)}*"):
+    for folder in out.parent.glob(f"{glob.escape(_partial_prefix(out))}*"):
+        if not folder.is_dir():
+            continue
         try:
             descriptor = _lock_folder(folder)
         except OSError as error:
@@ -203,4 +216,4 @@ def _json_bytes(value: Mapping[str, object]) -> bytes:
 
 
 def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 10**6 else f"{num_bytes / 1e3:.0f} kB"

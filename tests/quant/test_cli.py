@@ -47,7 +47,7 @@ def test_json_progress_is_one_event_a_line_and_ends_with_the_report(model: Path,
     events = [json.loads(line) for line in output.splitlines()]
     *progress, done = events
     assert all(set(event) == {"event", "phase", "done", "total", "seconds_left"} for event in progress)
-    assert list(dict.fromkeys(event["phase"] for event in progress)) == ["load", "evaluate", "calibrate", "quantize"]
+    assert list(dict.fromkeys(event["phase"] for event in progress)) == ["load", "calibrate", "evaluate", "quantize"]
     assert done["event"] == "done"
     assert done["output"] == str(tmp_path / "out")
     assert done["report"]["recipe"]["num_samples"] == 4

@@ -43,7 +43,6 @@ def checkpoint(original: Path) -> Path:
                 continue
             grid = grid_of(full_range(parameter.detach(), GROUP_SIZE), 4)
             writer.add_packed(name.removesuffix(".weight"), pack(codes_of(parameter.detach(), grid, 4)))
-        source.save_side_files(writer.directory)
         config = source.checkpoint_config(torch.float32)
         config["quantization_config"] = awq_gemm_meta(4, GROUP_SIZE, ("lm_head",)).to_config()
         writer.commit(config, {"report.json": json.dumps({"source": str(original)}).encode()})

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kernels.reference import dequantize
 from quant.checkpoint.reader import CheckpointReader
+from quant.dense_checkpoint import load_dense
 from quant.errors import OutputError, QuantizationError, RecipeError, SourceError
 from quant.pipeline import quantize
 from quant.recipe import Method, Recipe
@@ -124,6 +125,36 @@ def test_a_group_size_that_does_not_divide_is_refused_by_layer_name(tmp_path: Pa
     with pytest.raises(RecipeError, match=r"128 does not divide the 64 in features of model\.layers\.0\.self_attn\.q"):
         quantize(Recipe(group_size=128), original, tmp_path / "awq")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_outputs_that_fill_no_words_are_refused_by_layer_name(tmp_path: Path) -> None:
+    narrow = {"head_dim": 4, "num_attention_heads": 8, "num_key_value_heads": 1}
+    original = save_tiny_model("llama", tmp_path / "model", config_overrides=narrow)
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.self_attn\.k_proj has 4 outputs"):
+        quantize(RTN, original, tmp_path / "rtn")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_calls_it_tied(tmp_path: Path) -> None:
+    original = save_tiny_model("llama", tmp_path / "model", config_overrides={"tie_word_embeddings": False})
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    quantize(RTN, original, tmp_path / "rtn")
+    assert json.loads((tmp_path / "rtn" / "config.json").read_text())["tie_word_embeddings"] is False
+    dense = load_dense(tmp_path / "rtn")
+    head = load_file(original / "model.safetensors")["lm_head.weight"].half().float()
+    assert torch.equal(dense.get_parameter("lm_head.weight").detach(), head)
+
+
+def test_missing_calibration_text_is_told_before_the_model_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"missing\.txt is no file"):
+        quantize(replace(AWQ, calibration="missing.txt"), tmp_path / "no-model", tmp_path / "awq")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file is no directory"):
+        quantize(AWQ, tmp_path / "no-model", tmp_path / "file" / "awq")
 
 
 def test_an_output_that_exists_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:

@@ -40,24 +40,19 @@ def test_a_directory_opens_in_float32_with_its_own_weights(model_type: str, tmp_
 
 
 def test_the_side_files_of_a_directory_are_copied_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-
-    open_source(tiny_model).save_side_files(out)
+    files = open_source(tiny_model).side_files()
 
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
+        assert files[name] == (tiny_model / name).read_bytes()
 
 
 def test_a_directory_without_a_generation_config_gets_one(tiny_model: Path, tmp_path: Path) -> None:
     (tiny_model / "generation_config.json").unlink()
-    out = tmp_path / "out"
-    out.mkdir()
 
     source = open_source(tiny_model)
-    source.save_side_files(out)
+    (tmp_path / "generation_config.json").write_bytes(source.side_files()["generation_config.json"])
 
-    assert GenerationConfig.from_pretrained(out).eos_token_id == source.config.eos_token_id
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == source.config.eos_token_id
 
 
 def test_the_config_of_a_directory_keeps_every_field_but_its_dtype(tiny_model: Path) -> None:
@@ -100,6 +95,50 @@ def test_a_model_whose_tensor_has_another_shape_is_refused(tiny_model: Path) -> 
 
     with pytest.raises(SourceError, match=r"model\.norm\.weight"):
         open_source(tiny_model)
+
+
+def test_tensors_that_the_config_has_no_place_for_are_refused(tiny_model: Path) -> None:
+    edit_config(tiny_model, num_hidden_layers=1)
+
+    with pytest.raises(
+        SourceError, match=r"has no place for: model\.layers\.1\.input_layernorm\.weight, .* \(9 in all\)"
+    ):
+        open_source(tiny_model)
+
+
+def test_rotary_frequencies_that_older_tools_saved_are_passed_over(tiny_model: Path) -> None:
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tiny_model / "model.safetensors", metadata={"format": "pt"})
+
+    assert open_source(tiny_model).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "64"},
+        {"hidden_size": -64},
+        {"num_attention_heads": 3},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"vocab_size": 100},
+        {"bos_token_id": 5000},
+        {"rms_norm_eps": "x"},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_is_refused_with_a_sentence(tiny_model: Path, fields: dict[str, object]) -> None:
+    edit_config(tiny_model, **fields)
+
+    with pytest.raises(SourceError, match=str(tiny_model)):
+        open_source(tiny_model)
+
+
+def test_code_that_came_with_a_model_is_not_named_by_the_checkpoint(tiny_model: Path) -> None:
+    edit_config(tiny_model, auto_map={"AutoModelForCausalLM": "modeling.Custom"})
+
+    assert "auto_map" not in open_source(tiny_model).checkpoint_config(torch.float16)
 
 
 def test_a_truncated_model_is_refused_before_it_is_loaded(tiny_model: Path) -> None:
@@ -207,7 +246,8 @@ GGUF_NAMES = {
 def gguf_checkpoint(tiny_gguf: Path, tmp_path: Path) -> Path:
     """The side files and the config that a checkpoint of the GGUF file has."""
     source = open_source(tiny_gguf)
-    source.save_side_files(tmp_path)
+    for name, content in source.side_files().items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text(json.dumps(source.checkpoint_config(torch.float16)))
     return tmp_path
 

@@ -196,7 +196,7 @@ def test_a_write_that_fails_halfway_says_so_with_the_numbers(tmp_path: Path) -> 
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
     assert "out cannot be written" in result.stdout
-    assert "needs about 0.4 MB" in result.stdout
+    assert "needs about 400 kB" in result.stdout
     assert "were free" in result.stdout
     assert list(tmp_path.iterdir()) == []
 

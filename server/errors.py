@@ -6,11 +6,13 @@ ServerError
 ├── AuthenticationFailed    401 authentication_error, code invalid_api_key
 ├── PermissionDenied        403 permission_error
 ├── NotFound                404 invalid_request_error (code model_not_found for models)
+├── RequestTimeout          408 invalid_request_error (the body took too long to come)
 ├── Conflict                409 invalid_request_error
 ├── PayloadTooLarge         413 invalid_request_error
 ├── UnsupportedMediaType    415 invalid_request_error
 ├── QueueFull               429 rate_limit_error, Retry-After
 ├── EngineUnavailable       503 service_unavailable, Retry-After (loading, restarting, draining)
+├── TooManyConnections      503 service_unavailable, Retry-After
 ├── JobStoreUnavailable     503 service_unavailable, Retry-After (the job file cannot be read or written)
 └── GenerationFailed        500 server_error
 """
@@ -56,6 +58,12 @@ class NotFound(ServerError):
     type = "invalid_request_error"
 
 
+class RequestTimeout(ServerError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
 class Conflict(ServerError):
     status = 409
     type = "invalid_request_error"
@@ -84,6 +92,13 @@ class EngineUnavailable(ServerError):
     type = "service_unavailable"
     default_code = "engine_unavailable"
     retry_after_seconds = 2
+
+
+class TooManyConnections(ServerError):
+    status = 503
+    type = "service_unavailable"
+    default_code = "too_many_connections"
+    retry_after_seconds = 1
 
 
 class GenerationFailed(ServerError):

@@ -13,6 +13,8 @@ from server.http_protocol import BoundedHttpProtocol
 from server.settings import Settings
 
 BACKLOG = 2048
+# beside one for each request that may run or wait: probes, answers that say no, and clients between two requests
+SPARE_CONNECTIONS = 512
 # how long a client may keep a connection open between requests
 KEEP_ALIVE_SECONDS = 30
 # after the drain every request has ended, and this is for its last bytes to leave
@@ -52,6 +54,8 @@ class GracefulServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=BoundedHttpProtocol,
+                ws="none",
+                limit_concurrency=settings.max_num_seqs + settings.max_waiting + SPARE_CONNECTIONS,
                 log_config=None,
                 access_log=settings.log_level == "debug",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -21,6 +21,8 @@ MAX_SHOWN_CHARACTERS = 80
 CLIENT_CLOSED_REQUEST = 499
 # the part of a request where FastAPI found an error, which comes before the name
 _REQUEST_PARTS = frozenset({"body", "query", "path", "header"})
+# what the client still sends is not wanted
+_UNREAD = frozenset({408, 413})
 _TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -36,6 +38,8 @@ def error_response(error: ServerError) -> Response:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status in _UNREAD:
+        headers["Connection"] = "close"
     return Response(error_bytes(error), error.status, headers, media_type="application/json")
 
 

@@ -29,10 +29,7 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self._max_body_bytes:
-            response = error_response(self._refusal())
-            # what the client still sends is not wanted
-            response.headers["Connection"] = "close"
-            await response(scope, receive, send)
+            await error_response(self._refusal())(scope, receive, send)
             return
         num_bytes = 0
 

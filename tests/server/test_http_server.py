@@ -5,7 +5,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -63,20 +64,36 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@contextmanager
+def running_server(app: FastAPI, engine: SettledEngine, **settings: object) -> Iterator[tuple[GracefulServer, int]]:
+    """A server and its port, as the command line runs it; it has ended when the block has."""
+    listener = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    server = GracefulServer(app, load_settings({"drain_seconds": 3, **settings}), engine, ready.set)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
+    thread.start()
+    assert ready.wait(DEADLINE_SECONDS)
+    try:
+        yield server, listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(DEADLINE_SECONDS)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def running(app: FastAPI, **settings: object) -> Iterator[int]:
+    """An application's port while it is served."""
+    with running_server(app, SettledEngine("ready"), **settings) as (_, port):
+        yield port
+
+
 def run(engine: SettledEngine, while_it_runs: Callable[[GracefulServer, int], None]) -> GracefulServer:
     """Run a server that has one route, do something with it and its port, and return it when it has ended."""
     app = FastAPI()
     app.get("/live")(lambda: "live")
-    listener = listen("127.0.0.1", 0)
-    ready = threading.Event()
-    server = GracefulServer(app, load_settings({"drain_seconds": 3}), engine, ready.set)  # type: ignore[arg-type]
-    thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
-    thread.start()
-    assert ready.wait(DEADLINE_SECONDS)
-    while_it_runs(server, listener.getsockname()[1])
-    server.should_exit = True
-    thread.join(DEADLINE_SECONDS)
-    assert not thread.is_alive()
+    with running_server(app, engine) as (server, port):
+        while_it_runs(server, port)
     return server
 
 

@@ -42,6 +42,7 @@ def test_a_body_without_a_length_is_413_as_soon_as_it_is_too_large(small: TestCl
 
     response = small.post("/v1/completions", content=endless(), headers=JSON_HEADERS)
     assert response.status_code == 413
+    assert response.headers["connection"] == "close"
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 

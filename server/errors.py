@@ -11,7 +11,7 @@ ServerError
 ├── PayloadTooLarge         413 invalid_request_error
 ├── UnsupportedMediaType    415 invalid_request_error
 ├── QueueFull               429 rate_limit_error, Retry-After
-├── EngineUnavailable       503 service_unavailable, Retry-After (loading, restarting, draining)
+├── EngineUnavailable       503 service_unavailable, Retry-After (loading, restarting, draining, or died at the request)
 ├── TooManyConnections      503 service_unavailable, Retry-After
 ├── JobStoreUnavailable     503 service_unavailable, Retry-After (the job file cannot be read or written)
 └── GenerationFailed        500 server_error

@@ -3,12 +3,14 @@
 import http.client
 import json
 import socket
+from collections.abc import Sequence
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 from structlog.testing import capture_logs
 
+from server.engine.request import GenerationRequest
 from tests.server.api.conftest import wait_until
 from tests.server.api.fake_engine import FakeEngineClient
 
@@ -72,6 +74,26 @@ def test_a_generation_that_fails_is_500_with_the_reason(client: TestClient, engi
     response = client.post("/v1/completions", json=BODY)
     assert response.status_code == 500
     assert_is_openais(response.json()["error"], code="generation_failed")
+    assert "it died" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_dies_is_503_with_a_time_to_retry(
+    client: TestClient, engine: FakeEngineClient, stream: bool
+) -> None:
+    # given an engine that ends this request because it ends itself
+    engine.fail_after = 0
+    answer = engine.script
+
+    def dying(request: GenerationRequest) -> Sequence[int]:
+        engine.set_state("restarting", "killed by signal 9")
+        return answer(request)
+
+    engine.script = dying
+    response = client.post("/v1/completions", json={**BODY, "stream": stream})
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert_is_openais(response.json()["error"], code="engine_unavailable")
     assert "it died" in response.json()["error"]["message"]
 
 

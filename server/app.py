@@ -64,6 +64,7 @@ def create_app(
         finished_models=job_store.succeeded_outputs,
     )
     places = JobPlaces(settings.models_dir, settings.model_roots)
+    app.state.job_supervisor = supervisor
     app.state.quantize_jobs = QuantizeJobs(job_store, places, supervisor.wake)
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)

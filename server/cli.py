@@ -126,7 +126,13 @@ def run_server(settings: Settings) -> str | None:
         quantizable=quantizable,
     )
     application = create_app(settings, served, engine, tokenizer, JobStore(settings.jobs_file))
-    server = GracefulServer(application, settings, engine, announce=lambda: tell("\n".join(lines.render())))
+    server = GracefulServer(
+        application,
+        settings,
+        engine,
+        announce=lambda: tell("\n".join(lines.render())),
+        stop_jobs=application.state.job_supervisor.stop,
+    )
     tell(f"Loading {model_path}")
     server.run(sockets=[listener])
     return server.failure

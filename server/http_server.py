@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
@@ -45,11 +45,20 @@ def listen(host: str, port: int) -> socket.socket:
 class GracefulServer(uvicorn.Server):
     """uvicorn, with the engine drained before connections close: SIGTERM lets requests finish, a second one ends them.
 
-    announce: called when the model is ready. failure: why the engine never got ready or is not restarted any more,
-    once that is known; the server then ends, as what watches over it can start it anew and nobody else can.
+    announce: called when the model is ready. stop_jobs: called when the drain begins, so that a job ends beside it and
+    not after it; the application waits for that end.
+    failure: why the engine never got ready or is not restarted any more, once that is known; the server then ends, as
+    what watches over it can start it anew and nobody else can.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings, engine: EngineClient, announce: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        engine: EngineClient,
+        announce: Callable[[], None],
+        stop_jobs: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -66,11 +75,14 @@ class GracefulServer(uvicorn.Server):
         self.failure: str | None = None
         self._engine = engine
         self._announce = announce
+        self._stop_jobs = stop_jobs
         self._drain_seconds = settings.drain_seconds
         self._num_signals = 0
         self._hurry = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.Task[None] | None = None
+        # held, as a task that nobody holds may be collected
+        self._stopping_jobs: asyncio.Future[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -81,6 +93,8 @@ class GracefulServer(uvicorn.Server):
         """Refuse new requests with 503, let the others finish, then close the connections."""
         if self._watch is not None:
             self._watch.cancel()
+        if self._stop_jobs is not None:
+            self._stopping_jobs = asyncio.ensure_future(self._stop_jobs())
         draining = asyncio.create_task(self._engine.stop(self._drain_seconds))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)

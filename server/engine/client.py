@@ -15,8 +15,8 @@ from server.engine.open_requests import OpenRequests
 from server.engine.request import EngineStatus, FinishReason, GenerationRequest, TokenEvent
 from server.engine.status_board import StatusBoard
 
-# after the drain, how long the process may take to end by itself
-_STOP_SECONDS = 5.0
+# how long the process may take to end by itself when it has nothing to do
+STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ class ProcessEngineClient:
         self._is_stopping = True
         self._board.set_draining("finishing the requests under way")
         await self._requests.wait_until_empty(drain_seconds)
-        self._requests.end_all(FinishReason.ABORTED, "the server is shutting down")
+        num_cut = self._requests.end_all(FinishReason.ABORTED, "the server is shutting down")
         if self._child is not None:
-            self._child.terminate()
-            await self._child.wait_until_ended(_STOP_SECONDS)
+            if num_cut:
+                # it works on what nobody waits for any more, and has nothing to save
+                self._child.kill()
+            else:
+                self._child.terminate()
+            await self._child.wait_until_ended(STOP_SECONDS)
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.wait({self._supervision})

@@ -219,6 +219,30 @@ def test_stopping_lets_requests_finish_and_leaves_no_process(event_loop: EventLo
     event_loop.call(scenario())
 
 
+def test_stopping_waits_for_no_step_of_a_request_that_is_cut(
+    event_loop: EventLoopThread, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given an engine that hangs in a step, and a server that would wait for it longer than this test
+    monkeypatch.setattr("server.engine.client.STOP_SECONDS", 10 * DEADLINE_SECONDS)
+
+    async def scenario() -> None:
+        client = ProcessEngineClient(engine_config(tiny_model))
+        await client.start()
+        await client.wait_until_settled()
+        reader = asyncio.create_task(collect(client, request("cut", 500)))
+        await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_running == 1)
+        process_id = client.process_id
+        assert process_id is not None
+        os.kill(process_id, signal.SIGSTOP)
+        # when the time for its requests is up
+        await client.stop(0)
+        # then the process is gone, and the request is told
+        assert not is_alive(process_id)
+        assert (await reader)[-1].finish_reason is FinishReason.ABORTED
+
+    event_loop.call(scenario())
+
+
 def test_stopping_while_the_model_loads_ends_the_process(event_loop: EventLoopThread, tiny_model: Path) -> None:
     async def scenario() -> None:
         client = ProcessEngineClient(engine_config(tiny_model))

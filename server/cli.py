@@ -114,7 +114,7 @@ def run_server(settings: Settings) -> str | None:
     listener = listen(settings.host, settings.port)
     model_path = locate_model(settings)
     tokenizer = Tokenizer.load(model_path)
-    served = ServedModel(settings.served_model_name or model_path.name, str(model_path), int(time.time()))
+    served = ServedModel(name_model(settings, model_path), str(model_path), int(time.time()))
     engine = ProcessEngineClient(settings.engine_config(model_path), listener=EngineLog())
     quantizable, settings = allow_demo_as_source(settings)
     lines = ReadyLines(
@@ -148,6 +148,16 @@ def locate_model(settings: Settings) -> Path:
     if not (path / "config.json").is_file():
         raise StartRefused(f"{path} has no config.json, so it is no model; name a model's directory or its hub name")
     return path.absolute()
+
+
+def name_model(settings: Settings, path: Path) -> str:
+    """What clients call the model that was found at the path, where nobody set a name."""
+    if settings.served_model_name is not None:
+        return settings.served_model_name
+    if settings.model is None or Path(settings.model).expanduser().exists():
+        return path.name
+    # the hub's cache has it in a directory named after a commit
+    return settings.model
 
 
 def allow_demo_as_source(settings: Settings) -> tuple[str, Settings]:

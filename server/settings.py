@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     )
     served_model_name: Annotated[
         str | None,
-        Field(min_length=1, max_length=256, description="what clients call it; the directory's name if not set"),
+        Field(min_length=1, max_length=256, description="its name for clients; the hub's or directory's if not set"),
     ] = None
     host: Annotated[str, Field(description="address to listen on; beyond this machine it needs an API key")] = (
         "127.0.0.1"

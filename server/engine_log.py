@@ -14,6 +14,12 @@ class EngineLog:
     def became_ready(self, process_id: int) -> None:
         log.info("engine ready", pid=process_id)
 
+    def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
+        if is_alive:
+            log.info("engine answers again", pid=process_id)
+        else:
+            log.warning("engine gives no sign of life", pid=process_id)
+
     def ended(self, process_id: int, reason: str, num_lost_requests: int) -> None:
         log.error("engine ended", pid=process_id, reason=reason, lost_requests=num_lost_requests)
 

@@ -15,13 +15,15 @@ import zmq.asyncio
 
 from server.engine import messages
 from server.engine.config import EngineConfig
+from server.engine.heartbeat import HeartbeatPolicy, Pulse
 from server.engine.messages import PROTOCOL_VERSION, FromEngine, Start, ToEngine
 
 # after the process has ended, how long its last messages may take to come out of the socket
 _LAST_WORDS_MS = 100
 _STDERR = 2
-# a step says something when it ends, an idle engine every second; a long prompt of a large model on a CPU takes minutes
-SILENCE_LIMIT_SECONDS = 900.0
+# without news, whatever its heart does: a step says something when it ends, an idle engine every second; a long prompt
+# of a large model on a CPU takes minutes
+NEWS_LIMIT_SECONDS = 900.0
 
 
 class _Endpoint:
@@ -49,16 +51,19 @@ class _Endpoint:
 class EngineChild:
     """A process and its socket. Each life has a socket of its own, so no message of an earlier one is ever read."""
 
-    def __init__(self, process: asyncio.subprocess.Process, endpoint: _Endpoint) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, endpoint: _Endpoint, pulse: Pulse) -> None:
         self._process = process
         self._endpoint = endpoint
+        self._pulse = pulse
+        self._why_killed: str | None = None
         self._socket = endpoint.socket
         self._last_heard = time.monotonic()
 
     @classmethod
-    async def spawn(cls, config: EngineConfig) -> "EngineChild":
+    async def spawn(cls, config: EngineConfig, heartbeat: HeartbeatPolicy) -> "EngineChild":
         """Start the process and hand it its settings. Raises OSError when the machine cannot."""
         endpoint = _Endpoint()
+        pulse = Pulse(heartbeat)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             # not the current directory, which may hold a folder named like one of our packages
@@ -67,12 +72,15 @@ class EngineChild:
             "server.engine.process",
             stdin=asyncio.subprocess.PIPE,
             stdout=_STDERR,
+            pass_fds=(pulse.writing,),
             env=_environment(),
         )
+        start = Start(PROTOCOL_VERSION, endpoint.address, os.getpid(), pulse.writing, heartbeat.beat_seconds, config)
+        pulse.listen()
         assert process.stdin is not None
-        process.stdin.write(messages.encode_start(Start(PROTOCOL_VERSION, endpoint.address, os.getpid(), config)))
+        process.stdin.write(messages.encode_start(start))
         process.stdin.close()
-        return cls(process, endpoint)
+        return cls(process, endpoint, pulse)
 
     @property
     def process_id(self) -> int:
@@ -81,21 +89,27 @@ class EngineChild:
     def send(self, message: ToEngine) -> None:
         self._socket.send(messages.encode(message))
 
-    async def hear(self, handle: Callable[[FromEngine], None]) -> str:
-        """Hand over every message until the process has ended; returns how it ended. Kills it when it falls silent."""
+    async def hear(self, handle: Callable[[FromEngine], None], tell_alive: Callable[[bool], None]) -> str:
+        """Hand over every message until the process has ended; returns how it ended.
+
+        tell_alive: called with False when its heartbeat stays away, with True when it is back. It is killed when that
+        takes too long, or when no message comes for very long.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 reader = group.create_task(self._read(handle))
-                watch = group.create_task(self._watch_for_silence())
+                news_watch = group.create_task(self._watch_news())
+                pulse_watch = group.create_task(self._watch_pulse(tell_alive))
                 exit_status = await self._process.wait()
-                reader.cancel()
-                watch.cancel()
+                for task in (reader, news_watch, pulse_watch):
+                    task.cancel()
             while await self._socket.poll(_LAST_WORDS_MS):
                 handle(messages.decode_from_engine(await self._socket.recv()))
         finally:
             self.kill()
             self._endpoint.close()
-        return _describe(exit_status)
+            self._pulse.close()
+        return self._why_killed or _describe(exit_status)
 
     def terminate(self) -> None:
         """Ask it to finish what it has and end."""
@@ -122,9 +136,15 @@ class EngineChild:
             handle(messages.decode_from_engine(frame))
             frame = await self._socket.recv()
 
-    async def _watch_for_silence(self) -> None:
-        while (left := self._last_heard + SILENCE_LIMIT_SECONDS - time.monotonic()) > 0:
+    async def _watch_news(self) -> None:
+        while (left := self._last_heard + NEWS_LIMIT_SECONDS - time.monotonic()) > 0:
             await asyncio.sleep(left)
+        self._why_killed = f"the engine's process said nothing for {NEWS_LIMIT_SECONDS:g} s and was killed"
+        self.kill()
+
+    async def _watch_pulse(self, tell_alive: Callable[[bool], None]) -> None:
+        await self._pulse.watch(tell_alive)
+        self._why_killed = "the engine's process gave no sign of life for too long and was killed"
         self.kill()
 
 

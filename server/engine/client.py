@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from server.engine.admission import check_request
 from server.engine.child_process import EngineChild
 from server.engine.config import EngineConfig
+from server.engine.heartbeat import HeartbeatPolicy
 from server.engine.life_listener import LifeListener, NoListener
 from server.engine.messages import Abort, FromEngine, Generate, Loading, News, Ready, StartFailed
 from server.engine.open_requests import OpenRequests
@@ -53,9 +54,11 @@ class ProcessEngineClient:
         config: EngineConfig,
         restart_policy: RestartPolicy | None = None,
         listener: LifeListener | None = None,
+        heartbeat: HeartbeatPolicy | None = None,
     ) -> None:
         self._config = config
         self._listener = listener or NoListener()
+        self._heartbeat = heartbeat or HeartbeatPolicy()
         self._budget = RestartBudget(restart_policy or RestartPolicy())
         self._requests = OpenRequests(config.max_num_seqs + config.max_waiting)
         self._board = StatusBoard()
@@ -114,9 +117,9 @@ class ProcessEngineClient:
         try:
             while True:
                 self._start_error = None
-                child = self._child = await EngineChild.spawn(self._config)
+                child = self._child = await EngineChild.spawn(self._config, self._heartbeat)
                 self._listener.spawned(child.process_id)
-                how_it_ended = await child.hear(self._handle)
+                how_it_ended = await child.hear(self._handle, self._take_pulse)
                 self._child = None
                 if self._is_stopping:
                     num_lost = self._requests.end_all(FinishReason.ERROR, how_it_ended)
@@ -152,6 +155,11 @@ class ProcessEngineClient:
         self._listener.given_up(reason)
         self._requests.end_all(FinishReason.ERROR, f"the engine stopped: {reason}")
 
+    def _take_pulse(self, is_alive: bool) -> None:  # noqa: FBT001 - it is the whole news
+        self._board.set_alive(is_alive=is_alive)
+        if self._child is not None:
+            self._listener.pulse_changed(self._child.process_id, is_alive=is_alive)
+
     def _handle(self, message: FromEngine) -> None:
         match message:
             case News(news):
@@ -172,5 +180,5 @@ class ProcessEngineClient:
 
     def _send(self, message: Generate | Abort) -> None:
         """To the engine that serves; while there is none, a request waits for the next one and an abort is needless."""
-        if self._child is not None and self._board.status.state in ("ready", "draining"):
+        if self._child is not None and self._board.status.state in ("ready", "unresponsive", "draining"):
             self._child.send(message)

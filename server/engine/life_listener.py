@@ -10,6 +10,9 @@ class LifeListener(Protocol):
 
     def became_ready(self, process_id: int) -> None: ...
 
+    def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
+        """Its heartbeat stays away, or is back."""
+
     def ended(self, process_id: int, reason: str, num_lost_requests: int) -> None:
         """Not called for an end that was asked for."""
 
@@ -27,6 +30,9 @@ class NoListener:
         pass
 
     def became_ready(self, process_id: int) -> None:
+        pass
+
+    def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
         pass
 
     def ended(self, process_id: int, reason: str, num_lost_requests: int) -> None:

@@ -9,15 +9,20 @@ from server.engine.config import EngineConfig
 from server.engine.request import EngineNews, GenerationRequest, ModelInfo
 
 # raised with every change of a message: an upgrade under a running server must not be misread
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Start(msgspec.Struct, frozen=True):
-    """address: the ZeroMQ endpoint to connect to. parent_pid: whose death ends the child."""
+    """address: the ZeroMQ endpoint to connect to. parent_pid: whose death ends the child.
+
+    heartbeat_descriptor: the pipe to write to every beat_seconds.
+    """
 
     protocol_version: int
     address: str
     parent_pid: int
+    heartbeat_descriptor: int
+    beat_seconds: float
     config: EngineConfig
 
 

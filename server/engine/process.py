@@ -14,13 +14,15 @@ import zmq
 
 from server.engine import messages
 from server.engine.assembly import SETUP_ERRORS, assemble_engine
+from server.engine.heartbeat import start_beating
 from server.engine.loop import EngineLoop
 from server.engine.messages import PROTOCOL_VERSION, Abort, Generate, Loading, News, Ready, StartFailed
 from server.engine.request import EngineNews
 from server.model.loader import LoadProgress
 
 _PR_SET_PDEATHSIG = 1
-_HEARTBEAT_MS = 1000
+# an idle engine's statistics
+_IDLE_NEWS_MS = 1000
 # how long the last words may take to reach a parent that is busy
 _LINGER_MS = 2000
 
@@ -53,6 +55,7 @@ def main() -> int:
     if os.getppid() != start.parent_pid:
         # the parent died before the kernel was asked to tell us
         return 1
+    start_beating(start.heartbeat_descriptor, start.beat_seconds)
     with zmq.Context() as context:
         parent = _Parent(context, start.address)
         with parent.socket:
@@ -83,12 +86,12 @@ def _run(start: messages.Start, parent: _Parent) -> int:
 
 
 def _serve(loop: EngineLoop, parent: _Parent, terminated: int) -> None:
-    """Steps while there is work; otherwise waits for messages, with a heartbeat."""
+    """Steps while there is work; otherwise waits for messages, and says now and then how it stands."""
     poller = zmq.Poller()
     poller.register(parent.socket, zmq.POLLIN)
     poller.register(terminated, zmq.POLLIN)
     while True:
-        ready = dict(poller.poll(0 if loop.has_work else _HEARTBEAT_MS))
+        ready = dict(poller.poll(0 if loop.has_work else _IDLE_NEWS_MS))
         if parent.socket in ready:
             _take_messages(loop, parent)
         if loop.has_work:

@@ -108,7 +108,7 @@ class EngineStatus:
     num_restarts: how often its process was started anew after it had died.
     """
 
-    state: Literal["loading", "ready", "restarting", "draining", "failed"]
+    state: Literal["loading", "ready", "unresponsive", "restarting", "draining", "failed"]
     detail: str
     model: ModelInfo | None
     stats: EngineStats | None

@@ -8,6 +8,7 @@ from server.errors import EngineUnavailable
 
 _REFUSALS = {
     "loading": "the model is still loading",
+    "unresponsive": "the engine does not answer",
     "restarting": "the engine stopped and is starting again",
     "draining": "the server is shutting down",
     "failed": "the engine could not be started",
@@ -31,6 +32,14 @@ class StatusBoard:
         if self.status.state != "draining":
             self.status = replace(self.status, state="ready", detail="ready", model=model)
         self._is_settled.set()
+
+    def set_alive(self, *, is_alive: bool) -> None:
+        """An engine that was ready gives no sign of life, or does so again."""
+        if self.status.state == "ready" and not is_alive:
+            detail = "its process gives no sign of life; it may be stopped, or the machine short of memory"
+            self.status = replace(self.status, state="unresponsive", detail=detail)
+        elif self.status.state == "unresponsive" and is_alive:
+            self.status = replace(self.status, state="ready", detail="ready")
 
     def set_restarting(self, detail: str) -> None:
         self.status = replace(self.status, state="restarting", detail=detail, stats=None)

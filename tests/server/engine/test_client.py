@@ -18,6 +18,7 @@ import pytest
 
 from server.engine.client import ProcessEngineClient, RestartBudget, RestartPolicy
 from server.engine.config import EngineConfig
+from server.engine.heartbeat import HeartbeatPolicy
 from server.engine.request import EngineStatus, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.errors import EngineUnavailable, QueueFull
 
@@ -58,6 +59,9 @@ class RecordingListener:
 
     def became_ready(self, process_id: int) -> None:
         self.events.append(("ready", process_id))
+
+    def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
+        self.events.append(("pulse", process_id, is_alive))
 
     def ended(self, process_id: int, reason: str, num_lost_requests: int) -> None:
         self.events.append(("ended", process_id, reason, num_lost_requests))
@@ -304,6 +308,56 @@ def test_an_engine_that_dies_too_often_is_given_up(event_loop: EventLoopThread, 
             *[("spawned", first), ("ready", first), ("ended", first, killed, 1), ("restarting", 0.01)],
             *[("spawned", second), ("ready", second), ("ended", second, killed, 1), ("given up", status.detail)],
         ]
+        await client.stop(0)
+
+    event_loop.call(scenario())
+
+
+def test_a_stopped_engine_is_not_ready_until_it_goes_on(event_loop: EventLoopThread, tiny_model: Path) -> None:
+    async def scenario() -> None:
+        heartbeat = HeartbeatPolicy(beat_seconds=0.02, silent_seconds=0.5, dead_seconds=3600)
+        client = ProcessEngineClient(engine_config(tiny_model), heartbeat=heartbeat)
+        await client.start()
+        await client.wait_until_settled()
+        process_id = client.process_id
+        assert process_id is not None
+        # when its process is stopped, it is not ready, and says why
+        os.kill(process_id, signal.SIGSTOP)
+        await wait_for(lambda: client.status().state == "unresponsive")
+        with pytest.raises(EngineUnavailable, match="no sign of life"):
+            await collect(client, request("meanwhile"))
+        # when it goes on, it is the same engine and ready
+        os.kill(process_id, signal.SIGCONT)
+        await wait_for(lambda: client.status().state == "ready")
+        assert client.process_id == process_id
+        assert len(tokens(await collect(client, request("after")))) == 8
+        await client.stop(0)
+
+    event_loop.call(scenario())
+
+
+def test_an_engine_that_stays_stopped_is_replaced(event_loop: EventLoopThread, tiny_model: Path) -> None:
+    async def scenario() -> None:
+        listener = RecordingListener()
+        client = ProcessEngineClient(
+            engine_config(tiny_model),
+            RestartPolicy(first_delay_seconds=0.01),
+            listener,
+            HeartbeatPolicy(beat_seconds=0.02, silent_seconds=0.5, dead_seconds=2),
+        )
+        await client.start()
+        await client.wait_until_settled()
+        process_id = client.process_id
+        assert process_id is not None
+        reader = asyncio.create_task(collect(client, request("lost", 500)))
+        await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_running == 1)
+        os.kill(process_id, signal.SIGSTOP)
+        # then its request ends with the reason, and another process takes its place
+        assert "no sign of life" in ((await reader)[-1].error or "")
+        await client.wait_until_settled()
+        assert client.process_id != process_id
+        assert ("pulse", process_id, False) in listener.events
+        assert len(tokens(await collect(client, request("after")))) == 8
         await client.stop(0)
 
     event_loop.call(scenario())

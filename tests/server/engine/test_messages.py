@@ -46,7 +46,7 @@ def test_what_the_engine_says_arrives_as_it_was(message: messages.FromEngine) ->
 
 
 def test_the_start_carries_every_setting() -> None:
-    start = messages.Start(1, "ipc:///tmp/x", 12, EngineConfig("m", kv_cache_bytes=5, dtype="bfloat16"))
+    start = messages.Start(1, "ipc:///tmp/x", 12, 7, 1.0, EngineConfig("m", kv_cache_bytes=5, dtype="bfloat16"))
     assert messages.decode_start(messages.encode_start(start)) == start
 
 

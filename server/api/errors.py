@@ -1,5 +1,6 @@
 """Every error as OpenAI's body {"error": {"message", "type", "param", "code"}}, whoever raised it."""
 
+import re
 import traceback
 
 import orjson
@@ -24,6 +25,20 @@ _REQUEST_PARTS = frozenset({"body", "query", "path", "header"})
 # what the client still sends is not wanted
 _UNREAD = frozenset({408, 413})
 _TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
+# what pydantic says in words of Python
+_WISHES = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "should be a JSON object"),
+    **dict.fromkeys(("list_type", "tuple_type"), "should be a list"),
+    "string_type": "should be a string",
+    "bool_type": "should be true or false",
+    "int_type": "should be an integer",
+    "float_type": "should be a number",
+}
+_LENGTH_WORDS = {
+    "too_long": "takes at most {max_length} items",
+    "too_short": "takes at least {min_length} item(s)",
+}
+_PYDANTICS_NOUN = re.compile(r"^[A-Z][a-z]+ should")
 
 
 def error_bytes(error: ServerError) -> bytes:
@@ -61,7 +76,11 @@ def invalid_request_from(error: ValidationError | RequestValidationError) -> Inv
         return InvalidRequest(f"{path} is required", param=param)
     if detail["type"] == "extra_forbidden":
         return InvalidRequest(f"{path} is no field that this route knows", param=param)
-    wish = message.replace("Input should", "should").removesuffix(".")
+    limit = _LENGTH_WORDS.get(detail["type"])
+    if limit is not None:
+        context = detail["ctx"]
+        return InvalidRequest(f"{path} {limit.format(**context)}, and it has {context['actual_length']}", param=param)
+    wish = _WISHES.get(detail["type"]) or _PYDANTICS_NOUN.sub("should", message).removesuffix(".")
     return InvalidRequest(f"{path} {wish}, and it is {describe(detail.get('input'))}", param=param)
 
 

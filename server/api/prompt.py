@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from server.engine.request import ModelInfo
@@ -16,26 +17,43 @@ LONG_TEXT_CHARACTERS = 4096
 MAX_CHARACTERS_PER_TOKEN = 32
 
 
+@dataclass(frozen=True)
+class FieldNames:
+    """The fields of a request that its prompt and its limit came in, for errors to name."""
+
+    prompt: str = "prompt"
+    limit: str = "max_tokens"
+
+
 async def compute(size: int, work: Callable[[], Result]) -> Result:
     """Do work on a text of `size` characters or tokens, in a thread of its own when it is long."""
     return await asyncio.to_thread(work) if size > LONG_TEXT_CHARACTERS else work()
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, model: ModelInfo, *, add_special_tokens: bool) -> tuple[int, ...]:
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, model: ModelInfo, *, add_special_tokens: bool, param: str = "prompt"
+) -> tuple[int, ...]:
     """Token ids of a prompt's text. Raises ContextLengthExceeded, and InvalidRequest for a text without tokens."""
     if len(text) > min(tokenizer.longest_token, MAX_CHARACTERS_PER_TOKEN) * model.max_model_len:
         raise ContextLengthExceeded(
             f"this model's context is {model.max_model_len} tokens, and the prompt has {len(text)} characters; "
             "shorten it",
-            param="prompt",
+            param=param,
         )
     token_ids = tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     if not token_ids:
-        raise InvalidRequest("prompt must hold at least one token, and it is empty", param="prompt")
+        raise InvalidRequest(f"{param} must hold at least one token, and it is empty", param=param)
     return token_ids
 
 
-def choose_max_tokens(prompt: Sequence[int], model: ModelInfo, *, requested: int | None, default: int | None) -> int:
+def choose_max_tokens(
+    prompt: Sequence[int],
+    model: ModelInfo,
+    *,
+    requested: int | None,
+    default: int | None,
+    names: FieldNames = FieldNames(),
+) -> int:
     """How many tokens to generate: as requested if they fit, else the default or less; None is all that fit.
 
     Raises ContextLengthExceeded with the numbers.
@@ -45,15 +63,15 @@ def choose_max_tokens(prompt: Sequence[int], model: ModelInfo, *, requested: int
         raise ContextLengthExceeded(
             f"this model's context is {model.max_model_len} tokens, and the prompt alone has {len(prompt)}; "
             "shorten it to leave room for an answer",
-            param="prompt",
+            param=names.prompt,
         )
     if requested is None:
         return room if default is None else min(default, room)
     if requested > room:
         raise ContextLengthExceeded(
             f"this model's context is {model.max_model_len} tokens, and {len(prompt) + requested} were asked for: "
-            f"{len(prompt)} in the prompt and {requested} to generate; shorten the prompt, or set max_tokens to {room} "
-            "or less",
-            param="max_tokens",
+            f"{len(prompt)} in the prompt and {requested} to generate; shorten the prompt, or set {names.limit} to "
+            f"{room} or less",
+            param=names.limit,
         )
     return requested

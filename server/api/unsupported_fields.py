@@ -44,15 +44,16 @@ FOR_BOTH: Mapping[str, UnsupportedField] = {
 FOR_COMPLETIONS: Mapping[str, UnsupportedField] = {
     **FOR_BOTH,
     "suffix": UnsupportedField(("",)),
+    "max_completion_tokens": UnsupportedField(advice="the limit is max_tokens here"),
     "prompt_embeds": UnsupportedField(),
     "add_special_tokens": UnsupportedField((True,), "send token ids as the prompt to control them"),
 }
 
 FOR_CHATS: Mapping[str, UnsupportedField] = {
     **FOR_BOTH,
-    "tools": UnsupportedField(),
+    "tools": UnsupportedField(([],)),
     "tool_choice": UnsupportedField(("none", "auto"), "use none"),
-    "functions": UnsupportedField(),
+    "functions": UnsupportedField(([],)),
     "function_call": UnsupportedField(("none", "auto"), "use none"),
     "modalities": UnsupportedField((["text"],), 'use ["text"]'),
     "audio": UnsupportedField(),

@@ -13,8 +13,8 @@ MAX_MESSAGES = 4096
 
 
 def _parse_content(value: object) -> object:
-    """A string, or a list of text parts, which are joined by line ends as other servers do it."""
-    if isinstance(value, str):
+    """A string, or a list of text parts, joined by line ends as other servers do it; null is looked at later."""
+    if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise ValueError(f"messages must have a string or a list of text parts as content, not {describe(value)}")
@@ -33,11 +33,16 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_parse_content)]
+    # null is an assistant's who had nothing to say, as OpenAI writes one that only called tools
+    content: Annotated[str | None, BeforeValidator(_parse_content)] = None
     name: str | None = None
 
     @model_validator(mode="after")
-    def _check_calls(self) -> "ChatMessage":
+    def _check_message(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(
+                f"messages must have a string or a list of text parts as content, and {self.role}'s has none"
+            )
         for name in ("tool_calls", "function_call", "audio"):
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"messages with {name} are not supported by this server; leave it out")
@@ -45,7 +50,7 @@ class ChatMessage(BaseModel):
 
     def for_template(self) -> dict[str, str]:
         """As chat templates know it: the newer name `developer` is their `system`."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
 
 
 class ChatBody(SamplingFields):
@@ -70,14 +75,19 @@ class ChatBody(SamplingFields):
         return self
 
     @property
-    def requested_tokens(self) -> int | None:
+    def name_of_limit(self) -> str:
         """The newer name wins."""
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+
+    @property
+    def requested_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class ReplyMessage(TypedDict):
     role: Literal["assistant"]
     content: str
+    refusal: None
 
 
 class ChatChoice(TypedDict):
@@ -109,11 +119,11 @@ class ChatCompletion(TypedDict):
 
 
 class ChatChunk(TypedDict):
-    """One frame of a stream; `usage` is null until the last one."""
+    """One frame of a stream. `usage` is there if it was asked for, and null until the last frame."""
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | None
+    usage: NotRequired[Usage | None]

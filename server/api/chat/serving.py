@@ -10,7 +10,7 @@ from server.api.chat.schema import ChatBody, ChatChoice, ChatChunk, ChatCompleti
 from server.api.choice_text import Choice, ChoiceDelta
 from server.api.generation import stream_choices
 from server.api.logprobs import ChatLogprobs, chat_logprobs
-from server.api.prompt import choose_max_tokens, compute, encode_prompt
+from server.api.prompt import FieldNames, choose_max_tokens, compute, encode_prompt
 from server.api.sampling_fields import INT64, LogprobCounts, check_num_choices, sampling_params, stop_strings
 from server.api.services import Services
 from server.api.sse import frame
@@ -37,7 +37,7 @@ async def prepare(body: ChatBody, services: Services) -> ChatJob:
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
     check_num_choices(1, body.num_choices, services.settings)
     model = services.loaded_model()
-    size = sum(len(message.content) for message in body.messages)
+    size = sum(len(message.content or "") for message in body.messages)
     return await compute(size, lambda: _plan(body, services, model))
 
 
@@ -48,8 +48,9 @@ def _plan(body: ChatBody, services: Services, model: ModelInfo) -> ChatJob:
         )
     text = services.chat_template.render([message.for_template() for message in body.messages])
     # the template has written the tokens that begin and end things
-    prompt = encode_prompt(services.tokenizer, text, model, add_special_tokens=False)
-    max_tokens = choose_max_tokens(prompt, model, requested=body.requested_tokens, default=None)
+    prompt = encode_prompt(services.tokenizer, text, model, add_special_tokens=False, param="messages")
+    names = FieldNames("messages", body.name_of_limit)
+    max_tokens = choose_max_tokens(prompt, model, requested=body.requested_tokens, default=None, names=names)
     counts = LogprobCounts(output=(body.top_logprobs or 0) if body.logprobs else None, prompt=None)
     sampling = sampling_params(body, model, max_tokens, counts)
     stops, seed = stop_strings(body, services.settings), body.base_seed()
@@ -111,7 +112,7 @@ async def chat_frames(job: ChatJob, services: Services) -> AsyncGenerator[bytes,
 def _choice(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatChoice:
     return {
         "index": deltas[-1].index,
-        "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas)},
+        "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
         "logprobs": _logprobs(job, services, deltas),
         "finish_reason": deltas[-1].finish_reason,
     }
@@ -128,11 +129,11 @@ def _chunk_choice(index: int, delta: MessageDelta, logprobs: ChatLogprobs | None
 
 
 def _chunk(job: ChatJob, services: Services, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
-    return {
+    chunk: ChatChunk = {
         "id": job.id,
         "object": "chat.completion.chunk",
         "created": job.created,
         "model": services.served_model.name,
         "choices": choices,
-        "usage": usage,
     }
+    return {**chunk, "usage": usage} if job.body.includes_usage else chunk

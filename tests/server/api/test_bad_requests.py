@@ -115,6 +115,7 @@ BAD_COMPLETIONS = [
     ("stream_options", {"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}),
     ("user", {"prompt": "a", "user": 1}),
     ("suffix", {"prompt": "a", "suffix": "end"}),
+    ("max_completion_tokens", {"prompt": "a", "max_completion_tokens": 5}),
     ("prompt_logprobs", {"prompt": "a", "prompt_logprobs": 1}),
     ("response_format", {"prompt": "a", "response_format": {"type": "json_object"}}),
     ("guided_json", {"prompt": "a", "guided_json": {}}),
@@ -154,7 +155,6 @@ BAD_CHATS = [
     ("logprobs", {"messages": [USER], "logprobs": 1}),
     ("top_logprobs", {"messages": [USER], "top_logprobs": 1}),
     ("top_logprobs", {"messages": [USER], "logprobs": True, "top_logprobs": 21}),
-    ("tools", {"messages": [USER], "tools": []}),
     ("tools", {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}),
     ("tool_choice", {"messages": [USER], "tool_choice": "required"}),
     ("functions", {"messages": [USER], "functions": [{"name": "f"}]}),
@@ -228,9 +228,42 @@ def test_a_prompt_that_is_too_long_is_told_the_numbers(
     assert all(number in error["message"] for number in numbers)
 
 
-def test_a_chat_that_is_too_long_is_told_the_numbers(client: TestClient) -> None:
-    body = {"messages": [{"role": "user", "content": "x" * 300}]}
-    assert error_of(client, CHATS, json.dumps(body).encode())["code"] == "context_length_exceeded"
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "x" * 300}]}),
+        ("messages", {"messages": [{"role": "user", "content": "x" * 10_000}]}),
+        ("max_tokens", {"messages": [USER], "max_tokens": 300}),
+        ("max_completion_tokens", {"messages": [USER], "max_completion_tokens": 300}),
+    ],
+)
+def test_a_chat_that_is_too_long_is_told_the_field_that_it_has(
+    client: TestClient, param: str, body: dict[str, object]
+) -> None:
+    error = error_of(client, CHATS, json.dumps(body).encode())
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert param == "messages" or f"set {param} to" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHATS, {"messages": [7]}, "messages.0 should be a JSON object, and it is 7"),
+        (CHATS, {"messages": "hi"}, 'messages should be a list, and it is "hi"'),
+        (CHATS, {"messages": []}, "messages takes at least 1 item(s), and it has 0"),
+        (CHATS, {"messages": [USER] * 4097}, "messages takes at most 4096 items, and it has 4097"),
+        (COMPLETIONS, {"prompt": "a", "stream": 1}, "stream should be true or false, and it is 1"),
+        (COMPLETIONS, {"prompt": "a", "user": 1}, "user should be a string, and it is 1"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": "5"}, 'max_tokens should be an integer, and it is "5"'),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "stop_token_ids": [1] * 129},
+            "stop_token_ids takes at most 128 items, and it has 129",
+        ),
+    ],
+)
+def test_the_words_are_those_of_json(client: TestClient, path: str, body: dict[str, object], message: str) -> None:
+    assert error_of(client, path, json.dumps(body).encode())["message"] == message
 
 
 def test_odd_text_that_is_valid_is_answered(client: TestClient) -> None:

@@ -1,6 +1,6 @@
 """The body of /v1/completions, checked, and the shapes of its replies."""
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import Field, PlainValidator, model_validator
 
@@ -70,11 +70,11 @@ class CompletionChoice(TypedDict):
 
 
 class Completion(TypedDict):
-    """The whole reply, and each frame of a stream; `usage` is null in a stream until its last frame."""
+    """The whole reply, and each frame of a stream, which has `usage` if it was asked for: null until the last frame."""
 
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None
+    usage: NotRequired[Usage | None]

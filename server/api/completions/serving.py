@@ -22,7 +22,7 @@ from server.api.sampling_fields import (
 from server.api.services import Services
 from server.api.sse import frame
 from server.api.unsupported_fields import FOR_COMPLETIONS
-from server.api.usage import Usage, UsageCounter
+from server.api.usage import UsageCounter
 from server.engine.request import GenerationRequest, ModelInfo
 from server.errors import InvalidRequest
 
@@ -107,7 +107,7 @@ async def whole_completion(job: CompletionJob, services: Services) -> Completion
             deltas[delta.index].append(delta)
             counter.note(delta)
     choices = [_choice(job, services, _join(of_choice)) for of_choice in deltas]
-    return _completion(job, services, choices, counter.usage())
+    return {**_completion(job, services, choices), "usage": counter.usage()}
 
 
 async def completion_frames(job: CompletionJob, services: Services) -> AsyncGenerator[bytes, None]:
@@ -116,10 +116,12 @@ async def completion_frames(job: CompletionJob, services: Services) -> AsyncGene
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:
             counter.note(delta)
-            usage = counter.usage() if job.body.includes_usage_always else None
-            yield frame(_completion(job, services, [_choice(job, services, delta)], usage))
+            piece = _completion(job, services, [_choice(job, services, delta)])
+            if job.body.includes_usage:
+                piece["usage"] = counter.usage() if job.body.includes_usage_always else None
+            yield frame(piece)
     if job.body.includes_usage:
-        yield frame(_completion(job, services, [], counter.usage()))
+        yield frame({**_completion(job, services, []), "usage": counter.usage()})
 
 
 def _join(deltas: list[ChoiceDelta]) -> ChoiceDelta:
@@ -140,14 +142,11 @@ def _choice(job: CompletionJob, services: Services, delta: ChoiceDelta) -> Compl
     }
 
 
-def _completion(
-    job: CompletionJob, services: Services, choices: list[CompletionChoice], usage: Usage | None
-) -> Completion:
+def _completion(job: CompletionJob, services: Services, choices: list[CompletionChoice]) -> Completion:
     return {
         "id": job.id,
         "object": "text_completion",
         "created": job.created,
         "model": services.served_model.name,
         "choices": choices,
-        "usage": usage,
     }

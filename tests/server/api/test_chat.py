@@ -35,7 +35,7 @@ def test_a_chat_has_openais_shape(client: TestClient) -> None:
     reply = chat(client)
     assert reply["id"].startswith("chatcmpl-")
     assert (reply["object"], reply["model"]) == ("chat.completion", MODEL_NAME)
-    message = {"role": "assistant", "content": ANSWER}
+    message = {"role": "assistant", "content": ANSWER, "refusal": None}
     assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
 
 
@@ -68,8 +68,21 @@ def test_one_stream_has_one_id_and_one_time(client: TestClient) -> None:
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in chunks(client)}) == 1
 
 
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": None}, {"role": "assistant"}])
+def test_an_assistant_may_have_said_nothing(
+    client: TestClient, engine: FakeEngineClient, tokenizer: Tokenizer, message: dict[str, object]
+) -> None:
+    chat(client, messages=[*QUESTION, message, *QUESTION])
+    assert "<|im_start|>assistant\n<|im_end|>\n" in prompt_text(engine, tokenizer)
+
+
+def test_usage_is_left_out_of_a_stream_unless_asked_for(client: TestClient) -> None:
+    assert not any("usage" in chunk for chunk in chunks(client))
+
+
 def test_usage_comes_last_when_asked_for(client: TestClient) -> None:
     events = chunks(client, stream_options={"include_usage": True})
+    assert all(event["usage"] is None for event in events[:-1])
     assert events[-1]["choices"] == []
     assert events[-1]["usage"] == chat(client)["usage"]
 
@@ -120,6 +133,8 @@ def test_streamed_logprobs_are_those_of_the_whole_reply(client: TestClient) -> N
         {"response_format": {"type": "text"}},
         {"modalities": ["text"]},
         {"tools": None},
+        {"tools": []},
+        {"functions": []},
         {"metadata": {"a": "b"}},
         {"store": False},
         {"service_tier": "auto"},

@@ -71,6 +71,10 @@ def test_one_stream_has_one_id_and_one_time(client: TestClient) -> None:
     assert len({(frame["id"], frame["created"], frame["model"]) for frame in frames(client)}) == 1
 
 
+def test_usage_is_left_out_of_a_stream_unless_asked_for(client: TestClient) -> None:
+    assert not any("usage" in frame for frame in frames(client))
+
+
 def test_usage_comes_last_when_asked_for(client: TestClient) -> None:
     events = frames(client, stream_options={"include_usage": True})
     assert all(event["usage"] is None for event in events[:-1])

@@ -47,8 +47,7 @@ async def get_model(model_id: str, services: ServicesOfApp) -> ModelObject:
 
 
 async def _models(services: Services) -> list[ModelObject]:
-    paths = await asyncio.to_thread(services.finished_models)
-    return [_served(services), *(_finished(path) for path in paths if str(path) != services.served_model.root)]
+    return [_served(services), *await asyncio.to_thread(_all_finished, services)]
 
 
 def _served(services: Services) -> ModelObject:
@@ -62,6 +61,17 @@ def _served(services: Services) -> ModelObject:
     )
 
 
-def _finished(path: Path) -> ModelObject:
-    created = int(path.stat().st_mtime)
+def _all_finished(services: Services) -> list[ModelObject]:
+    """Those that a request could not mean now; a name has one model. Reads the file system."""
+    served = services.served_model
+    others = (path for path in services.finished_models() if path.name != served.name and str(path) != served.root)
+    return [model for path in others if (model := _finished(path)) is not None]
+
+
+def _finished(path: Path) -> ModelObject | None:
+    """None for one that was deleted meanwhile."""
+    try:
+        created = int(path.stat().st_mtime)
+    except OSError:
+        return None
     return ModelObject(id=path.name, created=created, root=str(path), max_model_len=None, status="finished")

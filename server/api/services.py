@@ -1,5 +1,6 @@
 """What the routes work with, put together once by server.app and handed to them by a dependency."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +38,17 @@ class Services:
     metrics: Metrics
     finished_models: Callable[[], Sequence[Path]]
 
-    def check_model(self, name: str | None) -> None:
+    async def check_model(self, name: str | None) -> None:
         """Raise NotFound for a model that is not the served one; no name means that one."""
-        if name is not None and name != self.served_model.name:
-            raise NotFound(
-                f"there is no model {name!r}; this server serves {self.served_model.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+        if name is None or name == self.served_model.name:
+            return
+        served = f"this server serves {self.served_model.name!r}"
+        finished = await asyncio.to_thread(self.finished_models)
+        if any(path.name == name for path in finished):
+            sentence = f"the model {name!r} was made here but is not served; restart the server with it: {served}"
+        else:
+            sentence = f"there is no model {name!r}; {served}"
+        raise NotFound(sentence, param="model", code="model_not_found")
 
     def loaded_model(self) -> ModelInfo:
         """The model's limits. Raises EngineUnavailable, with what the engine is doing, while it is not ready."""

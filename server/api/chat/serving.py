@@ -33,7 +33,7 @@ class ChatJob:
 
 async def prepare(body: ChatBody, services: Services) -> ChatJob:
     """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
-    services.check_model(body.model)
+    await services.check_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
     check_num_choices(1, body.num_choices, services.settings)
     model = services.loaded_model()

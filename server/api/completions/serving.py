@@ -42,7 +42,7 @@ class CompletionJob:
 
 async def prepare(body: CompletionBody, services: Services) -> CompletionJob:
     """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
-    services.check_model(body.model)
+    await services.check_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_COMPLETIONS))
     if len(body.prompt) > services.settings.max_prompts:
         raise InvalidRequest(

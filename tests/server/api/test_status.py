@@ -1,5 +1,6 @@
 """The probes, the version, the metrics and the list of models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ def test_a_ready_server_says_so(client: TestClient) -> None:
     for path, status in [("/live", "live"), ("/ready", "ready"), ("/health", "ready")]:
         response = client.get(path)
         assert (response.status_code, response.json()) == (200, {"status": status})
+
+
+@pytest.mark.parametrize("path", ["/live", "/ready", "/health"])
+def test_a_probe_may_ask_for_the_head_alone(client: TestClient, engine: FakeEngineClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+    engine.set_state("loading", "layer 3 of 30")
+    assert client.head(path).status_code == (200 if path == "/live" else 503)
 
 
 @pytest.mark.parametrize("state", ["loading", "restarting", "draining", "failed"])
@@ -92,7 +100,24 @@ def test_a_finished_quantization_is_listed(make_app: AppFactory, tmp_path: Path)
     with local_client(app) as client:
         [finished] = client.get("/v1/models").json()["data"][1:]
         assert (finished["id"], finished["root"], finished["status"]) == ("mine-awq", str(output), "finished")
-        assert client.post("/v1/completions", json={"prompt": "a", "model": "mine-awq"}).status_code == 404
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "model": "mine-awq"}
+            refusal = client.post(path, json=body)
+            assert (refusal.status_code, refusal.json()["error"]["code"]) == (404, "model_not_found")
+            assert "was made here but is not served; restart the server with it" in refusal.json()["error"]["message"]
+
+
+def test_a_checkpoint_by_the_served_ones_name_or_that_is_gone_is_not_listed(
+    make_app: AppFactory, tmp_path: Path
+) -> None:
+    gone = tmp_path / "models" / "gone"
+    named_alike = tmp_path / "models" / "tiny"
+    named_alike.mkdir(parents=True)
+    app = make_app()
+    app.state.services = replace(app.state.services, finished_models=lambda: (named_alike, gone))
+    with local_client(app) as client:
+        assert [model["status"] for model in client.get("/v1/models").json()["data"]] == ["serving"]
+        assert client.get("/v1/models/tiny").json()["root"] == "/models/tiny"
 
 
 def test_an_unknown_model_is_not_found(client: TestClient) -> None:

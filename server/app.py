@@ -53,6 +53,8 @@ def create_app(
 
     # the interactive pages load scripts from elsewhere, and the schema would be a route without a guard
     app = FastAPI(title="awq-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    # a redirect would drop the key or the body of some clients; a route has one spelling
+    app.router.redirect_slashes = False
     app.state.key_ring = KeyRing(settings.api_keys)
     app.state.services = Services(
         settings=settings,

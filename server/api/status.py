@@ -24,18 +24,21 @@ class VersionObject(BaseModel):
     version: str
 
 
+@public_router.head("/live", include_in_schema=False)
 @public_router.get("/live")
 async def live() -> StatusObject:
     """The process is up and its event loop runs."""
     return StatusObject(status="live")
 
 
+@public_router.head("/ready", include_in_schema=False)
 @public_router.get("/ready")
 async def ready(services: ServicesOfApp) -> StatusObject:
     """200 when requests are taken; else 503, with what the engine is doing."""
     return _readiness(services)
 
 
+@public_router.head("/health", include_in_schema=False)
 @public_router.get("/health")
 async def health(services: ServicesOfApp) -> StatusObject:
     """The same as /ready, under the name that clients and load balancers of other servers ask for."""

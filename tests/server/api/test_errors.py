@@ -29,6 +29,11 @@ def test_an_unknown_route_is_not_found(client: TestClient) -> None:
     assert "/v1/nothing" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/live/", "/v1/models/", "/quantize/"])
+def test_a_slash_too_many_is_no_route_and_no_redirect(client: TestClient, path: str) -> None:
+    assert client.get(path, follow_redirects=False).status_code == 404
+
+
 def test_a_wrong_method_is_told(client: TestClient) -> None:
     response = client.get("/v1/completions")
     assert response.status_code == 405

@@ -31,6 +31,11 @@ class ChatLogprobs(TypedDict):
     content: list[ChatTokenLogprob]
 
 
+def num_entries(pieces: Sequence[TokenPiece]) -> int:
+    """How much there is to write about some tokens: themselves and their alternatives."""
+    return sum(1 + len(piece.logprob.top) for piece in pieces if piece.logprob is not None)
+
+
 def completion_logprobs(tokenizer: Tokenizer, pieces: Sequence[TokenPiece]) -> CompletionLogprobs:
     """The form of /v1/completions; the prompt's first token has null for both its numbers."""
     return {

@@ -26,7 +26,7 @@ class FieldNames:
 
 
 async def compute(size: int, work: Callable[[], Result]) -> Result:
-    """Do work on a text of `size` characters or tokens, in a thread of its own when it is long."""
+    """Do work on `size` characters, tokens or other entries, in a thread of its own when they are many."""
     return await asyncio.to_thread(work) if size > LONG_TEXT_CHARACTERS else work()
 
 

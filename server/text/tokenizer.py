@@ -32,6 +32,7 @@ class Tokenizer:
         self.vocab_size: int = model.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, model.get_vocab(with_added_tokens=True)), default=1)
         self._added = {token_id: added.content for token_id, added in model.get_added_tokens_decoder().items()}
+        self._bytes: dict[int, bytes] = {}
         self._is_byte_level = '"ByteLevel"' in _decoder_description(model)
         # truncation or padding in the file is for training; a request's prompt must arrive whole
         model.no_truncation()
@@ -79,6 +80,13 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for in running text; several tokens may share one character's bytes."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            # as many as the vocabulary has; a reply of log-probabilities asks for the same ones thousands of times
+            known = self._bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self.model.id_to_token(token_id)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from server.api.chat.schema import ChatBody, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, MessageDelta
 from server.api.choice_text import Choice, ChoiceDelta
 from server.api.generation import stream_choices
-from server.api.logprobs import ChatLogprobs, chat_logprobs
+from server.api.logprobs import ChatLogprobs, chat_logprobs, num_entries
 from server.api.prompt import FieldNames, choose_max_tokens, compute, encode_prompt
 from server.api.sampling_fields import INT64, LogprobCounts, check_num_choices, sampling_params, stop_strings
 from server.api.services import Services
@@ -81,7 +81,7 @@ async def whole_chat(job: ChatJob, services: Services) -> ChatCompletion:
         "object": "chat.completion",
         "created": job.created,
         "model": services.served_model.name,
-        "choices": [_choice(job, services, of_choice) for of_choice in deltas],
+        "choices": [await _choice(job, services, of_choice) for of_choice in deltas],
         "usage": counter.usage(),
     }
 
@@ -99,7 +99,7 @@ async def chat_frames(job: ChatJob, services: Services) -> AsyncGenerator[bytes,
                 opening: ChunkChoice = _chunk_choice(delta.index, {"role": "assistant", "content": ""})
                 yield frame(_chunk(job, services, [opening], usage))
             if delta.text or delta.pieces:
-                logprobs = _logprobs(job, services, [delta])
+                logprobs = await _logprobs(job, services, [delta])
                 spoken: ChunkChoice = _chunk_choice(delta.index, {"content": delta.text}, logprobs)
                 yield frame(_chunk(job, services, [spoken], usage))
             if delta.finish_reason is not None:
@@ -109,19 +109,20 @@ async def chat_frames(job: ChatJob, services: Services) -> AsyncGenerator[bytes,
         yield frame(_chunk(job, services, [], counter.usage()))
 
 
-def _choice(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatChoice:
+async def _choice(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatChoice:
     return {
         "index": deltas[-1].index,
         "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
-        "logprobs": _logprobs(job, services, deltas),
+        "logprobs": await _logprobs(job, services, deltas),
         "finish_reason": deltas[-1].finish_reason,
     }
 
 
-def _logprobs(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatLogprobs | None:
+async def _logprobs(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatLogprobs | None:
     if not job.body.logprobs:
         return None
-    return chat_logprobs(services.tokenizer, [piece for delta in deltas for piece in delta.pieces])
+    pieces = [piece for delta in deltas for piece in delta.pieces]
+    return await compute(num_entries(pieces), lambda: chat_logprobs(services.tokenizer, pieces))
 
 
 def _chunk_choice(index: int, delta: MessageDelta, logprobs: ChatLogprobs | None = None) -> ChunkChoice:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from server.api.choice_text import Choice, ChoiceDelta, EchoedPrompt, echoed_prompt
 from server.api.completions.schema import Completion, CompletionBody, CompletionChoice, Prompt
 from server.api.generation import stream_choices
-from server.api.logprobs import completion_logprobs
+from server.api.logprobs import completion_logprobs, num_entries
 from server.api.prompt import choose_max_tokens, compute, encode_prompt
 from server.api.sampling_fields import (
     INT64,
@@ -106,7 +106,7 @@ async def whole_completion(job: CompletionJob, services: Services) -> Completion
         async for delta in stream:
             deltas[delta.index].append(delta)
             counter.note(delta)
-    choices = [_choice(job, services, _join(of_choice)) for of_choice in deltas]
+    choices = [await _choice(job, services, _join(of_choice)) for of_choice in deltas]
     return {**_completion(job, services, choices), "usage": counter.usage()}
 
 
@@ -116,7 +116,7 @@ async def completion_frames(job: CompletionJob, services: Services) -> AsyncGene
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:
             counter.note(delta)
-            piece = _completion(job, services, [_choice(job, services, delta)])
+            piece = _completion(job, services, [await _choice(job, services, delta)])
             if job.body.includes_usage:
                 piece["usage"] = counter.usage() if job.body.includes_usage_always else None
             yield frame(piece)
@@ -132,12 +132,16 @@ def _join(deltas: list[ChoiceDelta]) -> ChoiceDelta:
     )
 
 
-def _choice(job: CompletionJob, services: Services, delta: ChoiceDelta) -> CompletionChoice:
-    has_logprobs = job.body.logprobs is not None
+async def _choice(job: CompletionJob, services: Services, delta: ChoiceDelta) -> CompletionChoice:
+    logprobs = None
+    if job.body.logprobs is not None:
+        logprobs = await compute(
+            num_entries(delta.pieces), lambda: completion_logprobs(services.tokenizer, delta.pieces)
+        )
     return {
         "index": delta.index,
         "text": delta.text,
-        "logprobs": completion_logprobs(services.tokenizer, delta.pieces) if has_logprobs else None,
+        "logprobs": logprobs,
         "finish_reason": delta.finish_reason,
     }
 

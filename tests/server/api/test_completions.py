@@ -187,6 +187,13 @@ def test_logprobs_of_zero_still_tell_the_chosen_token(client: TestClient) -> Non
     assert logprobs["top_logprobs"] == [{"H": -0.5}, {"e": -0.5}, {"l": -0.5}]
 
 
+def test_logprobs_made_beside_the_event_loop_are_the_same(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = complete(client, logprobs=3, echo=True)["choices"]
+    # given that everything counts as long
+    monkeypatch.setattr("server.api.prompt.LONG_TEXT_CHARACTERS", 0)
+    assert complete(client, logprobs=3, echo=True)["choices"] == here
+
+
 def test_logprobs_end_where_a_stop_string_cut_the_text(client: TestClient) -> None:
     logprobs = complete(client, logprobs=0, stop=["lo"])["choices"][0]["logprobs"]
     assert "".join(logprobs["tokens"]) == "Hel"

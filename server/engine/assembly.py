@@ -1,5 +1,6 @@
 """Wires an engine from its settings: device, model, KV cache, scheduler, runner. The loop comes out ready to step."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from server.engine.loop import EngineLoop, Publish
 from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.model.config import DTYPES, read_model_config
-from server.model.loader import LoadedModel, LoadProgress, load_model
+from server.model.config import DTYPES, ModelConfig, read_model_config
+from server.model.loader import LoadProgress, load_model
 
 _GPU_STEP_TOKENS = 2048
 # a running request waits for it once a step. The demo model on two cores that others use too: 256 tokens take 2 s,
@@ -55,13 +56,12 @@ def assemble_engine(
     # what can be refused is refused before the weights are read
     device = resolve_device(config)
     limits = choose_limits(config, device)
+    _set_threads(config.num_threads)
     directory = Path(config.model_path)
-    check_context_len(config, read_model_config(directory).max_position_embeddings)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
+    _check_model(config, read_model_config(directory), dtype, device)
     model = load_model(directory, device, dtype, report)
-    geometry = _geometry(model)
+    geometry = _geometry(model.config, model.decoder.embedding.dtype)
     size = choose_size(config, geometry, device)
     info = ModelInfo(
         model_path=config.model_path,
@@ -78,11 +78,31 @@ def assemble_engine(
     return EngineLoop(scheduler, runner, info, publish), info
 
 
-def _geometry(model: LoadedModel) -> KvGeometry:
+def _set_threads(num_threads: int | None) -> None:
+    if num_threads is None:
+        return
+    num_cpus = os.cpu_count() or 1
+    if num_threads > num_cpus:
+        # OpenMP crashes on what it cannot start
+        raise EngineSetupError(f"num_threads is {num_threads}, but there are {num_cpus} CPUs: set it to at most that")
+    torch.set_num_threads(num_threads)
+
+
+def _check_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Raise EngineSetupError for settings that the model's config contradicts."""
+    check_context_len(config, model.max_position_embeddings)
+    if dtype is None:
+        # as load_model chooses; None where the weights themselves decide
+        dtype = torch.float32 if device.type == "cpu" else model.dtype
+    if config.kv_cache_bytes is not None and dtype is not None:
+        choose_size(config, _geometry(model, dtype), device)
+
+
+def _geometry(model: ModelConfig, dtype: torch.dtype) -> KvGeometry:
     return KvGeometry(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        dtype=model.decoder.embedding.dtype,
-        max_model_len=model.config.max_position_embeddings,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        max_model_len=model.max_position_embeddings,
     )

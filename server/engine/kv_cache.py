@@ -63,12 +63,16 @@ def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device
     cache_bytes = _cache_bytes(config, device)
     num_blocks = min(cache_bytes // bytes_per_block, useful_blocks)
     capacity = num_blocks * block_size
-    if capacity < (config.max_model_len or block_size):
-        smallest = -(-(config.max_model_len or block_size) // block_size) * bytes_per_block
+    # the length that was asked for; where none was, any that a block holds will do
+    shortest_len, name = (
+        (block_size, "a block of") if config.max_model_len is None else (config.max_model_len, "max_model_len")
+    )
+    if capacity < shortest_len:
+        smallest = -(-shortest_len // block_size) * bytes_per_block
         raise EngineSetupError(
-            f"the KV cache of {cache_bytes / _MIB:.1f} MiB holds {capacity} tokens, fewer than "
-            f"max_model_len {config.max_model_len or block_size}: {_advice(config, device)} "
-            f"(at least {smallest / _MIB:.1f} MiB are needed), or lower max_model_len"
+            f"the KV cache of {cache_bytes} bytes holds {capacity} tokens, fewer than {name} {shortest_len}: "
+            f"{_advice(config, device)} (at least {smallest} bytes are needed), "
+            f"or lower {'block_size' if config.max_model_len is None else 'max_model_len'}"
         )
     return KvCacheSize(num_blocks, block_size, min(wanted_len, capacity))
 

@@ -41,7 +41,9 @@ def test_a_context_that_does_not_fit_is_refused_with_the_number_to_change() -> N
 
 
 def test_a_cache_without_room_for_one_block_is_refused() -> None:
-    with pytest.raises(EngineSetupError, match="raise kv_cache_bytes, which is 100"):
+    # and nothing is said of a max_model_len that nobody set
+    words = rf"than a block of 8: raise kv_cache_bytes, which is 100 \(at least {8 * BYTES_PER_TOKEN} .*block_size"
+    with pytest.raises(EngineSetupError, match=words):
         choose_size(replace(CONFIG, kv_cache_bytes=100), GEOMETRY, CPU)
 
 

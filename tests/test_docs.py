@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.settings import Settings
+from server.settings_flags import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,7 +74,7 @@ def test_flags_that_are_shown_exist(helps: dict[str, str]) -> None:
 def test_every_setting_has_its_line_and_its_flag(helps: dict[str, str]) -> None:
     documented = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs" / "settings.md").read_text(), flags=re.MULTILINE))
     assert documented == set(Settings.model_fields)
-    flags = {"--api-key" if name == "api_keys" else f"--{name.replace('_', '-')}" for name in documented - {"model"}}
+    flags = {FLAGS.get(name, f"--{name.replace('_', '-')}") for name in documented - {"model"}}
     assert not [flag for flag in flags if flag not in helps["serve"]]
 
 

@@ -30,12 +30,12 @@ def server(quantized_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Path, Path], RunningServer]]:
+def start() -> Iterator[Callable[..., RunningServer]]:
     """Starts servers for one test; those that the test has not stopped are killed after it."""
     servers: list[RunningServer] = []
 
-    def start_one(model: Path, data_dir: Path) -> RunningServer:
-        servers.append(start_server(model, data_dir))
+    def start_one(model: Path, data_dir: Path, *options: str) -> RunningServer:
+        servers.append(start_server(model, data_dir, *options))
         return servers[-1]
 
     yield start_one

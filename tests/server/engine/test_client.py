@@ -21,6 +21,7 @@ from server.engine.config import EngineConfig
 from server.engine.heartbeat import HeartbeatPolicy
 from server.engine.request import EngineStatus, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from server.errors import EngineUnavailable, QueueFull
+from tests.server.engine.recording_listener import RecordingListener
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,31 +47,6 @@ class EventLoopThread:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
-
-
-class RecordingListener:
-    """A LifeListener that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str | int | float, ...]] = []
-
-    def spawned(self, process_id: int) -> None:
-        self.events.append(("spawned", process_id))
-
-    def became_ready(self, process_id: int) -> None:
-        self.events.append(("ready", process_id))
-
-    def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
-        self.events.append(("pulse", process_id, is_alive))
-
-    def ended(self, process_id: int, reason: str, num_lost_requests: int) -> None:
-        self.events.append(("ended", process_id, reason, num_lost_requests))
-
-    def restarting(self, delay_seconds: float) -> None:
-        self.events.append(("restarting", delay_seconds))
-
-    def given_up(self, reason: str) -> None:
-        self.events.append(("given up", reason))
 
 
 def engine_config(directory: Path) -> EngineConfig:

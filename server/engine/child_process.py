@@ -149,9 +149,15 @@ class EngineChild:
 
 
 def _environment() -> dict[str, str]:
-    """The child finds the very packages that this process found, whatever its own start-up would add."""
+    """The child finds the very packages that this process found, whatever its own start-up would add.
+
+    Its threads sleep while they wait for each other, unless the environment says otherwise. Spinning, as torch does by
+    itself, is a seventh faster where nothing else runs and collapses where something does. The demo model on two cores,
+    tokens a second of one and of eight sequences, spinning against sleeping: alone 28 and 99 against 24 and 86; beside
+    a job's quantization, which is niced, 16 and 65 against 20 and 46; beside one that is not 1 and 6 against 8 and 26.
+    """
     search_path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": search_path}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search_path}
 
 
 def _describe(exit_status: int) -> str:

@@ -174,13 +174,14 @@ def sampling_params(
     check_token_ids("stop_token_ids", stop_token_ids, model)
     check_token_ids("logit_bias", [token_id for token_id, _ in fields.logit_bias], model)
     end_token_ids = () if fields.ignore_eos else model.eos_token_ids
+    defaults = model.sampling_defaults
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=_default(fields.temperature, 1.0),
-        top_k=max(fields.top_k or 0, 0),
-        top_p=_default(fields.top_p, 1.0),
+        temperature=_default(fields.temperature, defaults.temperature),
+        top_k=defaults.top_k if fields.top_k is None else max(fields.top_k, 0),
+        top_p=_default(fields.top_p, defaults.top_p),
         min_p=_default(fields.min_p, 0.0),
-        repetition_penalty=_default(fields.repetition_penalty, 1.0),
+        repetition_penalty=_default(fields.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=_default(fields.presence_penalty, 0.0),
         frequency_penalty=_default(fields.frequency_penalty, 0.0),
         min_tokens=min_tokens,

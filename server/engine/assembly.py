@@ -13,7 +13,8 @@ from server.engine.errors import EngineSetupError
 from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_size
 from server.engine.loop import EngineLoop, Publish
 from server.engine.model_runner import ModelRunner
-from server.engine.request import ModelInfo
+from server.engine.request import ModelInfo, SamplingDefaults
+from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.model.config import DTYPES, ModelConfig, read_model_config
 from server.model.loader import LoadProgress, load_model
@@ -60,6 +61,7 @@ def assemble_engine(
     directory = Path(config.model_path)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
     _check_model(config, read_model_config(directory), dtype, device)
+    sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report)
     geometry = _geometry(model.config, model.decoder.embedding.dtype)
     size = choose_size(config, geometry, device)
@@ -72,6 +74,7 @@ def assemble_engine(
         dtype=str(geometry.dtype).removeprefix("torch."),
         num_blocks=size.num_blocks,
         block_size=size.block_size,
+        sampling_defaults=sampling_defaults,
     )
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
     runner = ModelRunner(model.decoder, allocate_layers(size, geometry, device))

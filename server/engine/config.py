@@ -5,6 +5,7 @@ from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+GenerationConfig = Literal["auto", "off"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class EngineConfig:
     max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for. None: by
     device, see server/engine/assembly.py.
     num_threads None: as many as torch takes.
+    generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
     model_path: str
@@ -31,3 +33,4 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_waiting: int = 256
     num_threads: int | None = None
+    generation_config: GenerationConfig = "auto"

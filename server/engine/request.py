@@ -74,6 +74,16 @@ class TokenEvent:
 
 
 @dataclass(frozen=True)
+class SamplingDefaults:
+    """How a model's makers want it sampled where a request does not say."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the API must know of the loaded model."""
 
@@ -85,6 +95,7 @@ class ModelInfo:
     dtype: str
     num_blocks: int
     block_size: int
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
 @dataclass(frozen=True)

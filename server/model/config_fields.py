@@ -23,6 +23,13 @@ class ConfigFields:
     def positive_int(self, name: str, *, default: int | None = None) -> int:
         return self.whole_number(name, minimum=1, default=default)
 
+    def number(self, name: str, *, minimum: float, maximum: float, default: float) -> float:
+        value = self._value(name, default)
+        # not the other way round, which would let a NaN pass
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= maximum:
+            raise self._error(name, value, f"a number from {minimum:g} to {maximum:g}")
+        return float(value)
+
     def positive_float(self, name: str, *, default: float | None = None) -> float:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from threading import Event
 
 import pytest
 
@@ -87,17 +88,27 @@ def test_many_at_once_each_get_their_own_answer() -> None:
 
 
 def test_a_late_reader_gets_what_it_missed_in_one_event() -> None:
+    # given an engine that goes on from its first token when the reader has that one
+    may_go_on = Event()
+
+    class HeldRunner(FakeRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            if plan.positions.max() >= 3:
+                assert may_go_on.wait(10)
+            return super().execute(plan)
+
     async def scenario(client: InProcessEngineClient) -> None:
-        stream = client.generate(request(max_tokens=30))
+        stream = client.generate(request(num_prompt=3, max_tokens=30))
         first = await anext(stream)
-        # given a reader that rests while the engine goes on to the end
+        # and a reader that rests while the engine goes on to the end
+        may_go_on.set()
         await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_running == 0)
         rest = [event async for event in stream]
         assert len(rest) == 1
-        assert tokens([first, *rest]) == expected_output(request(max_tokens=30))
+        assert tokens([first, *rest]) == expected_output(request(num_prompt=3, max_tokens=30))
         assert rest[0].finish_reason is FinishReason.LENGTH
 
-    run(scenario)
+    run(scenario, HeldRunner)
 
 
 def test_closing_the_generator_returns_the_blocks() -> None:

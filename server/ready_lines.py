@@ -23,14 +23,20 @@ class ReadyLines:
 
     def render(self) -> list[str]:
         """A line of introduction, then one command a line."""
-        question = [{"role": "user", "content": "What is the capital of France?"}]
+        # greedy: what a small model draws at random may be a poor first impression
+        story = {"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}
+        question = {
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "max_tokens": 64,
+            "temperature": 0,
+        }
         lines = [
             f"Serving {self.model_name} on {self._url()}. Try it from another terminal:",
-            self._curl("/v1/completions", {"prompt": "Water is made of hydrogen and", "max_tokens": 16}),
+            self._curl("/v1/completions", story),
             self._curl("/quantize", {"model": self.quantizable}),
         ]
         if self.has_chat:
-            lines.insert(2, self._curl("/v1/chat/completions", {"messages": question, "max_tokens": 64}))
+            lines.insert(2, self._curl("/v1/chat/completions", question))
         return lines
 
     def _curl(self, path: str, body: dict[str, object]) -> str:

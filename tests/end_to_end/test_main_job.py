@@ -11,9 +11,9 @@ pytestmark = pytest.mark.real_model
 
 def test_a_completion_answers_in_good_english(server: RunningServer) -> None:
     completion = server.client().completions.create(
-        model="demo", prompt="Water is made of hydrogen and", max_tokens=8, temperature=0
+        model="demo", prompt="The capital of France is", max_tokens=8, temperature=0
     )
-    assert "oxygen" in completion.choices[0].text
+    assert completion.choices[0].text.startswith(" Paris")
     assert completion.choices[0].finish_reason == "length"
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 8

@@ -60,7 +60,7 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
 
 
 def max_rows_together(device: torch.device) -> int | None:
-    """How many rows a linear layer can take with no row's result depending on the others; None: it says nothing."""
+    """How many rows a linear layer takes with no row's result depending on the others; None where none is promised."""
     return cpu.cpu_traits().max_int4_op_rows if device.type == "cpu" else None
 
 

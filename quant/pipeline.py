@@ -23,7 +23,7 @@ from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe, choose_group_size
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import ScaleGroup, groups_for, linear_of
+from quant.scale_groups import groups_for, linear_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
@@ -99,30 +99,28 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
 def plan_blocks(recipe: Recipe, source: SourceModel) -> BlockPlan:
     """How the blocks of this model are quantized. Raises RecipeError naming the layer that the group size misses."""
     groups = groups_for(source.config.model_type)
-    in_features = {
-        f"{block_name}.{linear}": linear_of(block, linear).in_features
+    linears = {
+        f"{block_name}.{linear}": linear_of(block, linear)
         for block_name, block in blocks_of(source.model).items()
         for group in groups
         for linear in group.linears
     }
-    group_size = choose_group_size(recipe.group_size, in_features)
-    _check_out_features(source.model, groups)
+    group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
+    _check_out_features(linears)
     head_width = getattr(source.config, "head_dim", None)
     if head_width is None:
         head_width = source.config.hidden_size // source.config.num_attention_heads
     return BlockPlan(groups, head_width, Grouping(recipe.bits, group_size))
 
 
-def _check_out_features(model: PreTrainedModel, groups: tuple[ScaleGroup, ...]) -> None:
+def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
     """Raises RecipeError naming the first layer whose outputs do not fill the words of the AWQ gemm format."""
-    for block_name, block in blocks_of(model).items():
-        for name in (linear for group in groups for linear in group.linears):
-            out_features = linear_of(block, name).out_features
-            if out_features % AWQ_COLUMNS_PER_WORD:
-                raise RecipeError(
-                    f"{block_name}.{name} has {out_features} outputs, and the AWQ gemm format packs "
-                    f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
-                )
+    for name, linear in linears.items():
+        if linear.out_features % AWQ_COLUMNS_PER_WORD:
+            raise RecipeError(
+                f"{name} has {linear.out_features} outputs, and the AWQ gemm format packs "
+                f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
+            )
 
 
 def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -23,8 +23,8 @@ class StepTensors:
 def group_sequences(plan: StepPlan, max_rows: int | None) -> list[range]:
     """The sequences of a plan, in their order, in runs of at most max_rows tokens; a longer sequence runs alone.
 
-    Which run a sequence falls into follows from its own number of tokens: runs of several never have more than
-    max_rows. None puts them all in one run.
+    So whether a sequence is computed among few rows or as many follows from its own number of tokens alone. None puts
+    them all in one run.
     """
     num_sequences = len(plan.context_lens)
     if max_rows is None:

@@ -1,19 +1,25 @@
 """Decode and prefill speed of our engine beside llama.cpp: the same model, machine, threads and tokens, in one run."""
 
 import argparse
-import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks import llama_cpp_build
+from benchmarks.command_line import (
+    CACHE,
+    EXIT_INTERRUPTED,
+    announce,
+    own_version,
+    positive_number,
+    writable_file,
+)
 from benchmarks.comparison import Comparison, render_table, write_json
 from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, size_of
 from benchmarks.errors import BenchmarkError
@@ -24,9 +30,7 @@ from benchmarks.own_engine import OwnEngine
 from benchmarks.turn import take_turn
 from benchmarks.workload import WORKLOADS, Side, Workload
 
-CACHE = Path(__file__).resolve().parent.parent / ".venv-bench"
 DEFAULT_ROUNDS = 5
-EXIT_INTERRUPTED = 130
 CAVEAT = (
     "Medians and (lowest..highest) of the rounds; above a ratio of 1, awq-serve is faster. How fast the memory is, "
     "which decides about decoding, is not measured: compare ratios, and tokens per second only within a run."
@@ -60,7 +64,7 @@ class Report:
 
     def versions(self) -> dict[str, str]:
         return {
-            "awq-serve": _own_version(),
+            "awq-serve": own_version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "llama-cpp-python": llama_cpp_build.VERSION,
@@ -120,15 +124,12 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=_positive, default=DEFAULT_ROUNDS, help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive_number, default=DEFAULT_ROUNDS, help="default: %(default)s")
     parser.add_argument(
-        "--threads", type=_positive, default=min(2, usable_cores()), help="of each side; default: %(default)s"
+        "--threads", type=positive_number, default=min(2, usable_cores()), help="of each side; default: %(default)s"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="keep every figure in this file")
+    parser.add_argument("--json", type=writable_file, metavar="PATH", help="keep every figure in this file")
     parsed = parser.parse_args(arguments)
-    # said now, not after minutes of measuring
-    if parsed.json and not (parsed.json.parent.is_dir() and os.access(parsed.json.parent, os.W_OK)):
-        parser.error(f"--json {parsed.json}: {parsed.json.parent} is not a directory that can be written to")
     return Options(parsed.rounds, parsed.threads, parsed.json)
 
 
@@ -137,12 +138,12 @@ def run(options: Options) -> Report:
     cpu = parse_cpuinfo(CPUINFO.read_text())
     gguf = find_gguf()
     build = LlamaCppBuild(CACHE / "llama-cpp", cmake_options(cpu.flags))
-    if not build.is_ready:
+    if not build.environment.is_ready:
         build.make(announce)
     checkpoint = prepare_checkpoint(gguf, CACHE / "models", announce)
     announce("loading both sides")
     own = OwnEngine(checkpoint, options.threads)
-    with LlamaCppPeer(build.python, gguf, options.threads) as peer:
+    with LlamaCppPeer(build.environment.python, gguf, options.threads) as peer:
         busy_before = measure_busy_cores()
         comparisons = compare(own, peer, options.rounds, announce)
         busy_after = measure_busy_cores()
@@ -175,26 +176,6 @@ def compare(own: Side, peer: Side, rounds: int, say: Callable[[str], None]) -> t
         Comparison(workload, tuple(ours for ours, _ in pairs), tuple(theirs for _, theirs in pairs))
         for workload, pairs in seconds.items()
     )
-
-
-def announce(line: str) -> None:
-    """Progress goes to standard error, a line at a time: a bar that moves would take time from what is measured."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _own_version() -> str:
-    # a bare machine runs the benchmark from the sources, without installing them
-    try:
-        return version("awq-serve")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return number
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ import os
 import platform
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.peer_environment import NEEDS_AN_INDEX, Announce, PeerEnvironment, check_compilers
 
 VERSION = "0.3.36"
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
@@ -50,8 +48,6 @@ FIXED_OPTIONS = (
 )
 BUILD_STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
-Announce = Callable[[str], None]
-
 
 def cmake_options(cpu_flags: frozenset[str]) -> tuple[str, ...]:
     """What makes llama.cpp use all that a CPU with these flags has, but for AMX."""
@@ -67,65 +63,30 @@ class LlamaCppBuild:
     options: tuple[str, ...]
 
     @property
-    def python(self) -> Path:
-        return self.directory / "bin" / "python"
-
-    @property
-    def log(self) -> Path:
-        return self.directory.with_name(self.directory.name + ".log")
-
-    @property
-    def is_ready(self) -> bool:
-        return self.python.exists() and self._stamp.exists() and self._stamp.read_text() == self._fingerprint
-
-    @property
-    def _stamp(self) -> Path:
-        return self.directory / "benchmark-peer.json"
-
-    @property
-    def _fingerprint(self) -> str:
-        return json.dumps({"requirement": REQUIREMENT, "cmake": self.options, "python": sys.version})
+    def environment(self) -> PeerEnvironment:
+        fingerprint = json.dumps({"requirement": REQUIREMENT, "cmake": self.options, "python": sys.version})
+        return PeerEnvironment(self.directory, fingerprint, {"CMAKE_ARGS": " ".join(self.options)})
 
     def make(self, announce: Announce) -> None:
         """Build it, from nothing, a line for each tenth. Raises BenchmarkError when that is impossible here."""
         _check_machine()
-        if self.directory.exists():
-            shutil.rmtree(self.directory)
-        self.log.write_text("")
+        environment = self.environment
         sources = self.directory / "sources"
         announce(f"making the environment of llama.cpp in {self.directory}")
-        self.run_logged([sys.executable, "-m", "venv", str(self.directory)], "a virtual environment could not be made")
+        environment.start_anew()
         announce(f"fetching the sources of {REQUIREMENT} (about 75 MB)")
-        self._pip(
+        environment.pip(
             ["download", "--retries", "2", "--no-deps", "--no-binary", ":all:", "--dest", str(sources), REQUIREMENT],
-            f"{REQUIREMENT} could not be fetched: the first run needs a package index "
-            "(PIP_INDEX_URL names another one), later runs none",
+            f"{REQUIREMENT} could not be fetched: {NEEDS_AN_INDEX}",
         )
         announce("compiling llama.cpp, which takes some minutes the first time")
         # pip would keep the wheel, and give it back when the options are others
         install = ["install", "--no-cache-dir", "--verbose", *map(str, sources.glob("*.tar.gz"))]
-        self._pip(install, "llama.cpp could not be compiled", CompilationMeter(announce).read)
-        self.run_logged([str(self.python), "-c", "import llama_cpp"], "the llama.cpp that was built does not load")
+        environment.pip(install, "llama.cpp could not be compiled", CompilationMeter(announce).read)
+        check_import = [str(environment.python), "-c", "import llama_cpp"]
+        environment.run_logged(check_import, "the llama.cpp that was built does not load")
         shutil.rmtree(sources)
-        self.mark_ready()
-
-    def mark_ready(self) -> None:
-        """Say that the environment is complete: from now on it is used as it is."""
-        self._stamp.write_text(self._fingerprint)
-
-    def _pip(self, arguments: list[str], failure: str, read: Announce | None = None) -> None:
-        self.run_logged([str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments], failure, read)
-
-    def run_logged(self, command: list[str], failure: str, read: Announce | None = None) -> None:
-        """Run it with its words in the log, and each line of them to `read`."""
-        environment = {**os.environ, "CMAKE_ARGS": " ".join(self.options), "PYTHONUNBUFFERED": "1"}
-        lines = _lines_of(command, environment, failure=f"{failure}; its words are in {self.log}")
-        # closed here, so that an interrupt ends the command and not only this loop
-        with self.log.open("a") as log, closing(lines):
-            for line in lines:
-                log.write(line)
-                if read:
-                    read(line)
+        environment.mark_ready()
 
 
 class CompilationMeter:
@@ -157,34 +118,4 @@ def _check_machine() -> None:
         raise BenchmarkError(
             f"llama.cpp is built for x86-64 Linux here, and this is {sys.platform} {os.uname().machine}"
         )
-    for kind, names in (("C", ("cc", "gcc", "clang")), ("C++", ("c++", "g++", "clang++"))):
-        if not any(map(shutil.which, names)):
-            raise BenchmarkError(
-                f"there is no {kind} compiler to build llama.cpp with; on Debian and Ubuntu, "
-                "install one with: apt-get install g++"
-            )
-
-
-def _lines_of(command: list[str], environment: Mapping[str, str], *, failure: str) -> Generator[str, None, None]:
-    """The output of a command, errors included. Raises BenchmarkError when it fails; leaves none of it running."""
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield from process.stdout
-            returncode = process.wait()
-        except BaseException:
-            # compilers that pip started would go on without it
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if returncode != 0:
-        raise BenchmarkError(failure)
+    check_compilers("llama.cpp")

@@ -5,10 +5,12 @@ PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
 JSON   ?=
+CALIB  ?=
+TEXT   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench-cpu kernels-check docker-check clean environment environment-dev
+.PHONY: help serve test check format bench-cpu bench-quality kernels-check docker-check clean environment environment-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +39,9 @@ format: environment-dev ## rewrite the sources in the project's style
 
 bench-cpu: environment-dev ## decode and prefill speed beside llama.cpp on this machine; JSON=path keeps the figures
 	$(BIN)/python -m benchmarks.cpu $(if $(JSON),--json $(JSON))
+
+bench-quality: environment-dev ## quality beside llm-compressor and AutoRound, calibrated on CALIB=file, measured on TEXT=files
+	$(BIN)/python -m benchmarks.quality $(if $(CALIB),--calib $(CALIB)) $(TEXT:%=--text %) $(if $(JSON),--json $(JSON)) $(ARGS)
 
 kernels-check: environment-dev ## compile every Triton kernel for every GPU architecture, without a GPU
 	$(BIN)/python -m kernels.compile

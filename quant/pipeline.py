@@ -12,26 +12,44 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
 from quant.block import BlockPlan, check_finite, round_block_plainly
+from quant.block_groups import groups_of
 from quant.block_search import search_block
 from quant.calibration import CalibrationTokens, calibration_tokens, read_text
 from quant.capture import embed
 from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.errors import RecipeError
+from quant.errors import RecipeError, SourceError
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
+from quant.model_structure import BlockStack, find_blocks, stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe, choose_group_size
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import groups_for, linear_of
+from quant.scale_groups import WITHOUT_A_ROW, family_of, linear_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
-# where a causal language model keeps its decoder and its blocks, in every family of scale_groups
-DECODER = "model"
-BLOCKS = "model.layers"
 # as short as tells the models apart: `awq-serve eval` measures longer
 WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """How a model is quantized: where its blocks are, and a plan for each by its full name."""
+
+    stack: BlockStack
+    blocks: Mapping[str, BlockPlan]
+    grouping: Grouping
+
+    def linear_names(self) -> tuple[str, ...]:
+        """All linears that are quantized, by full name."""
+        return tuple(f"{block}.{linear}" for block, plan in self.blocks.items() for linear in plan.linear_names())
+
+    def kept_names(self) -> tuple[str, ...]:
+        """What reads a quantized linear's input and stays as precise as it is: routers and gates, by full name."""
+        return tuple(
+            f"{block}.{name}" for block, plan in self.blocks.items() for group in plan.groups for name in group.kept
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class Job:
 
     recipe: Recipe
     source: SourceModel
-    plan: BlockPlan
+    plan: ModelPlan
     writer: CheckpointWriter
     meter: ProgressMeter
 
@@ -89,6 +107,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             blocks=numbers.blocks,
             perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
             bits_per_weight=bits_per_weight(plan.grouping),
+            notes=_notes(source),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -96,21 +115,26 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     return report
 
 
-def plan_blocks(recipe: Recipe, source: SourceModel) -> BlockPlan:
-    """How the blocks of this model are quantized. Raises RecipeError naming the layer that the group size misses."""
-    groups = groups_for(source.config.model_type)
+def plan_blocks(recipe: Recipe, source: SourceModel) -> ModelPlan:
+    """How the blocks of this model are quantized.
+
+    Raises RecipeError naming the layer that the group size misses, SourceError when the blocks have no linear layer.
+    """
+    stack, config = find_blocks(source.model), source.config.get_text_config()
+    family = family_of(source.config.model_type)
+    groups = {name: groups_of(block, family, config) for name, block in stack.blocks.items()}
     linears = {
         f"{block_name}.{linear}": linear_of(block, linear)
-        for block_name, block in blocks_of(source.model).items()
-        for group in groups
+        for block_name, block in stack.blocks.items()
+        for group in groups[block_name]
         for linear in group.linears
     }
+    if not linears:
+        raise SourceError(f"model type {source.config.model_type!r} has no linear layer in its blocks to quantize")
     group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
     _check_out_features(linears)
-    head_width = getattr(source.config, "head_dim", None)
-    if head_width is None:
-        head_width = source.config.hidden_size // source.config.num_attention_heads
-    return BlockPlan(groups, head_width, Grouping(recipe.bits, group_size))
+    grouping = Grouping(recipe.bits, group_size)
+    return ModelPlan(stack, {name: BlockPlan(own, grouping) for name, own in groups.items()}, grouping)
 
 
 def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
@@ -123,23 +147,26 @@ def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The decoder blocks of a model in order, by full name."""
-    return {f"{BLOCKS}.{name}": block for name, block in model.get_submodule(BLOCKS).named_children()}
-
-
 def bits_per_weight(grouping: Grouping) -> float:
     """A weight's code, and its share of its group's float16 scale and zero point."""
     return grouping.bits + (16 + grouping.bits) / grouping.group_size
 
 
-def expected_bytes(model: PreTrainedModel, plan: BlockPlan) -> int:
+def expected_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
     """What the checkpoint's tensors will take on disk."""
-    num_quantized = sum(
-        linear_of(block, name).weight.numel() for block in blocks_of(model).values() for name in plan.linear_names()
-    )
+    num_quantized = sum(linear_of(model, name).weight.numel() for name in plan.linear_names())
     num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
     return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
+
+
+def _notes(source: SourceModel) -> tuple[str, ...]:
+    model_type = source.config.model_type
+    if family_of(model_type) is not WITHOUT_A_ROW:
+        return ()
+    return (
+        f"{model_type} has no row in the table of architectures: its layers were rounded without scaling their inputs, "
+        "which loses more than it would with a row",
+    )
 
 
 def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
@@ -148,17 +175,17 @@ def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
 
 def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
     """AWQ: block after block, each on the states that the quantized blocks before it give."""
-    inputs = embed(job.source.model.get_submodule(DECODER), tokens.ids)
+    inputs = embed(job.plan.stack, tokens.ids)
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
-    blocks = blocks_of(job.source.model)
+    blocks = job.plan.stack.blocks
     job.meter.report("quantize", 0, len(blocks))
     for index, (block_name, block) in enumerate(blocks.items()):
-        outcome = search_block(block, block_name, index, inputs, job.plan)
+        outcome = search_block(block, block_name, index, inputs, job.plan.blocks[block_name])
         inputs = outcome.next_inputs
         layers += outcome.layers
         errors.append(outcome.error)
-        _write_packed(job.writer, block_name, outcome.packed)
+        _write_packed(job, block_name, outcome.packed)
         job.meter.report("quantize", index + 1, len(blocks))
     summary = CalibrationSummary(tokens.origin, tokens.digest, tokens.ids.numel())
     return SearchNumbers(summary, tuple(layers), tuple(errors))
@@ -166,27 +193,30 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
 
 def _round_blocks(job: Job) -> SearchNumbers:
     """RTN: every block rounded as it is."""
-    blocks = blocks_of(job.source.model)
+    blocks = job.plan.stack.blocks
     for index, (block_name, block) in enumerate(blocks.items()):
-        _write_packed(job.writer, block_name, round_block_plainly(block, job.plan))
+        _write_packed(job, block_name, round_block_plainly(block, job.plan.blocks[block_name]))
         job.meter.report("quantize", index + 1, len(blocks))
     return SearchNumbers()
 
 
-def _write_packed(writer: CheckpointWriter, block_name: str, packed: Mapping[str, PackedWeight]) -> None:
-    for linear, weight in packed.items():
-        writer.add_packed(f"{block_name}.{linear}", weight)
+def _write_packed(job: Job, block_name: str, packed: Mapping[str, PackedWeight]) -> None:
+    by_name = {f"{block_name}.{linear}": weight for linear, weight in packed.items()}
+    stored = stored_modules(job.source.model, by_name)
+    for name, weight in by_name.items():
+        job.writer.add_packed(stored[name], weight)
 
 
 def _write_plain_tensors(job: Job) -> None:
     """Write what is not quantized in STORAGE_DTYPE, and give the model the same values. Tied weights are one tensor."""
-    quantized = set(_quantized_modules(job.source.model, job.plan))
+    quantized = set(job.plan.linear_names())
     for name, parameter in job.source.model.named_parameters():
         if name.removesuffix(".weight") in quantized:
             continue
         stored = parameter.to(STORAGE_DTYPE)
         check_finite(f"{name} as {STORAGE_DTYPE}", stored)
-        job.writer.add_tensor(name, stored)
+        for stored_name, tensor in stored_tensors(job.source.model, {name: stored}).items():
+            job.writer.add_tensor(stored_name, tensor)
         parameter.copy_(stored)
 
 
@@ -199,15 +229,12 @@ def _measure(job: Job) -> float | None:
     return compare({"model": job.source.model}, windows, job.meter)[0].perplexity
 
 
-def _quantized_modules(model: PreTrainedModel, plan: BlockPlan) -> list[str]:
-    return [f"{block_name}.{linear}" for block_name in blocks_of(model) for linear in plan.linear_names()]
-
-
-def _checkpoint_config(source: SourceModel, plan: BlockPlan) -> dict[str, object]:
+def _checkpoint_config(source: SourceModel, plan: ModelPlan) -> dict[str, object]:
     """The source's config with what was done to it; every linear that stayed as it was is listed by its full name."""
-    quantized = set(_quantized_modules(source.model, plan))
-    kept = tuple(
-        name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in quantized
-    )
-    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, kept)
+    quantized = set(plan.linear_names())
+    linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    # in order, and each once: some routers are linears
+    kept = dict.fromkeys([*plan.kept_names(), *(name for name in linears if name not in quantized)])
+    names = tuple(stored_modules(source.model, kept).values())
+    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, names)
     return {**source.checkpoint_config(STORAGE_DTYPE), "quantization_config": meta.to_config()}

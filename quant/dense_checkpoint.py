@@ -26,6 +26,9 @@ def load_dense(directory: Path) -> PreTrainedModel:
     reader = CheckpointReader.open(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        # the tensors are dense by the time that transformers sees them
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         # its class, and the names of its tensors; no memory
         with torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

@@ -28,9 +28,8 @@ class BlockStack:
     @property
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by full name."""
-        return {
-            f"{self.name}.{name}": block for name, block in self.decoder.get_submodule(self.attribute).named_children()
-        }
+        blocks = self.decoder.get_submodule(self.attribute)
+        return {f"{self.name}.{name}": block for name, block in blocks.named_children()}
 
 
 def find_blocks(model: PreTrainedModel) -> BlockStack:
@@ -55,7 +54,7 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
 
 def stored_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the model as its checkpoints hold them: under other names in some families, or cut in several."""
-    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))  # type: ignore[no-untyped-call]
+    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return stored
 
 

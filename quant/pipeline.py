@@ -31,6 +31,8 @@ from quant.source import SourceModel, open_source
 
 # as short as tells the models apart: `awq-serve eval` measures longer
 WINDOW_TOKENS = 512
+# norms, biases and routers are less of a block than this; experts that are no linear layers are more
+MAX_PLAIN_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             blocks=numbers.blocks,
             perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
             bits_per_weight=bits_per_weight(plan.grouping),
-            notes=_notes(source),
+            notes=_notes(source, plan),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -159,14 +161,20 @@ def expected_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
     return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
 
 
-def _notes(source: SourceModel) -> tuple[str, ...]:
-    model_type = source.config.model_type
-    if family_of(model_type) is not WITHOUT_A_ROW:
-        return ()
-    return (
-        f"{model_type} has no row in the table of architectures: its layers were rounded without scaling their inputs, "
-        "which loses more than it would with a row",
-    )
+def _notes(source: SourceModel, plan: ModelPlan) -> tuple[str, ...]:
+    """What was done less well than it could be, in sentences."""
+    model_type, notes = source.config.model_type, []
+    if family_of(model_type) is WITHOUT_A_ROW:
+        notes.append(
+            f"{model_type} has no row in the table of architectures: its layers were rounded without scaling their "
+            "inputs, which loses more than it would with a row"
+        )
+    num_weights = sum(parameter.numel() for block in plan.stack.blocks.values() for parameter in block.parameters())
+    num_quantized = sum(linear_of(source.model, name).weight.numel() for name in plan.linear_names())
+    share = 1 - num_quantized / num_weights
+    if share > MAX_PLAIN_SHARE:
+        notes.append(f"{share:.0%} of the blocks' weights are not in linear layers, and stay in 16 bits")
+    return tuple(notes)
 
 
 def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:

@@ -110,7 +110,7 @@ def summary_table(report: Report) -> Table:
 
 
 def _by_kind(layers: tuple[LayerLoss, ...]) -> dict[str, list[LayerLoss]]:
-    """The layers of all blocks, and of all experts, by the end of their name: model.layers.3.mlp.up_proj as mlp.up_proj."""
+    """The layers of all blocks and experts by what they are there: model.layers.3.mlp.up_proj under mlp.up_proj."""
     kinds: dict[str, list[LayerLoss]] = {}
     for layer in layers:
         words = [word for word in layer.name.split(".") if not word.isdecimal()]

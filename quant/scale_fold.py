@@ -46,9 +46,9 @@ def _divide_norm(norm: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
 def _divide_rows(linear: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
     runs = scale.view(-1, source.run)
     weight, bias = linear.get_parameter("weight"), _bias_of(linear)
-    weight.unflatten(0, (-1, source.period))[:, -source.run :].div_(runs[..., None])
+    weight.view(-1, source.period, weight.shape[1])[:, -source.run :].div_(runs[..., None])
     if bias is not None:
-        bias.unflatten(0, (-1, source.period))[:, -source.run :].div_(runs)
+        bias.view(-1, source.period)[:, -source.run :].div_(runs)
     return scale
 
 

@@ -188,6 +188,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
     "gemma3_text": GEMMA3,
     "gpt_neox": GPT_NEOX,
     "granite": LLAMA,

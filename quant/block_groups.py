@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from quant.capture import BlockInput, readers_by_tensor
 from quant.scale_groups import ROUTER_NAMES, Family, GroupRow, Outputs, linear_of
 from quant.scale_search import ChannelSpread
 
@@ -67,6 +68,26 @@ def groups_of(block: nn.Module, family: Family, config: PreTrainedConfig) -> tup
                 for name in linears:
                     del free[name]
     return (*(_unscaled(block, (name,), ()) for name in free), *groups)
+
+
+def share_inputs(
+    groups: tuple[ScaleGroup, ...], block: nn.Module, block_index: int, chunk: BlockInput
+) -> tuple[ScaleGroup, ...]:
+    """The same groups, those without a source joined where their linears read one tensor: it is counted once then.
+
+    Seen by running the block on a chunk, which a block of rows that name all its linears is spared.
+    """
+    unscaled = {group.linears[0]: group for group in groups if group.source is None and not group.kept}
+    if len(unscaled) < 2:
+        return groups
+    joined: list[ScaleGroup] = []
+    for together in readers_by_tensor(block, block_index, chunk, list(unscaled)):
+        own = [unscaled.pop(name) for name in together if name in unscaled]
+        if own:
+            linears = tuple(name for group in own for name in group.linears)
+            joined.append(replace(own[0], linears=linears))
+    scaled = [group for group in groups if group.source is not None or group.kept]
+    return (*unscaled.values(), *joined, *scaled)
 
 
 def _per_expert(row: GroupRow, names: Collection[str]) -> Iterator[GroupRow]:

@@ -143,6 +143,20 @@ def capture(block: nn.Module, block_index: int, inputs: Sequence[BlockInput], na
     return CapturedBlock(outputs, {name: total.result() for name, total in sums.items()})
 
 
+def readers_by_tensor(
+    block: nn.Module, block_index: int, chunk: BlockInput, names: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The named modules in sets: those that read the very same tensor are together. Modules that do not run are out."""
+    read: list[tuple[Tensor, str]] = []
+    hooks = [block.get_submodule(name).register_forward_pre_hook(_noting(name, read)) for name in names]
+    _run_hooked(block, block_index, [chunk], hooks)
+    # `read` holds the tensors, so no two of them have had one address
+    readers: dict[int, list[str]] = {}
+    for tensor, name in read:
+        readers.setdefault(id(tensor), []).append(name)
+    return [tuple(dict.fromkeys(together)) for together in readers.values()]
+
+
 def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInput:
     """The chunk as the block of that index leaves it: the input of the next one."""
     return BlockInput(chunk.contexts[block_index].run(block, chunk.hidden), chunk.contexts)
@@ -184,6 +198,13 @@ def _counting(total: StatisticsSum) -> Callable[[nn.Module, tuple[Tensor, ...]],
         total.add(arguments[0])
 
     return count
+
+
+def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        read.append((arguments[0], name))
+
+    return note
 
 
 def _showing(

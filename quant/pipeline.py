@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
 from quant.block import BlockPlan, check_finite, round_block_plainly
-from quant.block_groups import groups_of
+from quant.block_groups import groups_of, share_inputs
 from quant.block_search import search_block
 from quant.calibration import CalibrationTokens, calibration_tokens, read_text
 from quant.capture import embed
@@ -189,7 +189,9 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
     blocks = job.plan.stack.blocks
     job.meter.report("quantize", 0, len(blocks))
     for index, (block_name, block) in enumerate(blocks.items()):
-        outcome = search_block(block, block_name, index, inputs, job.plan.blocks[block_name])
+        plan = job.plan.blocks[block_name]
+        plan = replace(plan, groups=share_inputs(plan.groups, block, index, inputs[0]))
+        outcome = search_block(block, block_name, index, inputs, plan)
         inputs = outcome.next_inputs
         layers += outcome.layers
         errors.append(outcome.error)

@@ -104,8 +104,6 @@ def summary_table(report: Report) -> Table:
         rows["perplexity"] = f"{perplexity.original:.3f} before, {perplexity.quantized:.3f} after, on held-out text"
     for name, value in rows.items():
         table.add_row(name, value)
-    for note in report.notes:
-        table.add_row("note", note)
     return table
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quant.block_groups import ScaleGroup, groups_of
+from quant.block_groups import ScaleGroup, groups_of, share_inputs
 from quant.capture import embed, run_block
 from quant.model_structure import find_blocks
 from quant.scale_fold import fold
@@ -105,6 +105,32 @@ def test_an_architecture_without_a_row_has_a_group_a_linear_and_no_source(tmp_pa
     groups = groups_of(block, WITHOUT_A_ROW, model.config)
     assert all(group.source is None and len(group.linears) == 1 for group in groups)
     assert len(groups) == 7
+
+
+def test_linears_without_a_row_that_read_one_tensor_are_joined(tmp_path: Path) -> None:
+    model = open_tiny(BY_NAME["llama"], tmp_path)
+    stack = find_blocks(model)
+    block = next(iter(stack.blocks.values()))
+    with torch.no_grad():
+        chunk = embed(stack, TOKENS)[0]
+        groups = share_inputs(groups_of(block, WITHOUT_A_ROW, model.config), block, 0, chunk)
+    assert [group.linears for group in groups] == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+
+
+def test_joining_inputs_leaves_no_linear_out_and_no_scaled_group_changed(tmp_path: Path) -> None:
+    model = open_tiny(BY_NAME["opt-350m"], tmp_path)
+    stack = find_blocks(model)
+    block = next(iter(stack.blocks.values()))
+    groups = groups_of(block, family_of("opt"), model.config)
+    with torch.no_grad():
+        shared = share_inputs(groups, block, 0, embed(stack, TOKENS)[0])
+    assert {name for group in shared for name in group.linears} == {name for group in groups for name in group.linears}
+    assert [group for group in shared if group.source] == [group for group in groups if group.source]
 
 
 def test_linears_that_are_called_like_a_router_are_left_alone_without_a_row(tmp_path: Path) -> None:

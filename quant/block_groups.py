@@ -4,14 +4,14 @@ Legend: C = channels of the operation that feeds, N = its out features, K = in f
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from quant.capture import BlockInput, readers_by_tensor
-from quant.scale_groups import ROUTER_NAMES, Family, GroupRow, Outputs, linear_of
+from quant.scale_groups import ROUTER_NAMES, GroupRow, Outputs, linear_of
 from quant.scale_search import ChannelSpread
 
 
@@ -47,20 +47,20 @@ class ScaleGroup:
         return (*self.kept, *self.linears)[0]
 
 
-def groups_of(block: nn.Module, family: Family, config: PreTrainedConfig) -> tuple[ScaleGroup, ...]:
+def groups_of(block: nn.Module, rows: Sequence[GroupRow], config: PreTrainedConfig) -> tuple[ScaleGroup, ...]:
     """The scale groups of a block: every linear in one, routers and gates in none.
 
     A source's own group comes before what its outputs feed: scales are folded from the last group to the first.
     """
     modules = dict(block.named_modules())
-    kept = {name for row in family.rows for name in row.kept}
+    kept = {name for row in rows for name in row.kept}
     free = {
         name: None
         for name, module in modules.items()
-        if isinstance(module, nn.Linear) and name not in kept and name.rpartition(".")[2] not in ROUTER_NAMES
+        if isinstance(module, nn.Linear) and name not in kept and not {*name.split(".")} & {*ROUTER_NAMES}
     }
     groups: list[ScaleGroup] = []
-    for row in family.rows:
+    for row in rows:
         for single in _per_expert(row, free):
             linears = tuple(name for pattern in single.linears for name in _matches(pattern, free))
             if linears and _holds(single, modules, config):

@@ -165,15 +165,18 @@ def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInp
 def _count_all_tokens(
     block: nn.Module, block_index: int, inputs: Sequence[BlockInput], starved: Sequence[str]
 ) -> dict[str, StatisticsSum]:
-    """Sums for the starved among the experts' down projections: what they would read if every token went there."""
+    """Sums for the starved among the linears of experts: what they would read if every token went there."""
     sums: dict[str, StatisticsSum] = {}
     hooks = []
     for name, experts in block.named_modules():
         if isinstance(experts, LinearExperts):
-            shown = {f"{name}.{down}": expert for down, expert in experts.by_down_name().items()}
-            shown = {down: expert for down, expert in shown.items() if down in starved}
-            sums |= {down: _sum_for(block, down) for down in shown}
-            hooks.append(experts.register_forward_pre_hook(_showing(shown, sums)))
+            for number, expert in experts.named_experts().items():
+                prefix = f"{name}.{number}."
+                own = {linear.removeprefix(prefix): linear for linear in starved if linear.startswith(prefix)}
+                if own:
+                    shown = {linear: _sum_for(block, full) for linear, full in own.items()}
+                    sums |= {own[linear]: total for linear, total in shown.items()}
+                    hooks.append(experts.register_forward_pre_hook(_showing(expert, shown)))
     if sums:
         _run_hooked(block, block_index, inputs, hooks)
     return sums
@@ -207,12 +210,11 @@ def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, t
     return note
 
 
-def _showing(
-    experts: Mapping[str, Expert], sums: Mapping[str, StatisticsSum]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _showing(expert: Expert, sums: Mapping[str, StatisticsSum]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def show(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        for name, expert in experts.items():
-            sums[name].add(expert.activations(arguments[0]))
+        read = expert.inputs(arguments[0])
+        for name, total in sums.items():
+            total.add(read[name])
 
     return show
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
@@ -25,7 +25,7 @@ from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe, choose_group_size
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import WITHOUT_A_ROW, family_of, linear_of
+from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
@@ -123,8 +123,8 @@ def plan_blocks(recipe: Recipe, source: SourceModel) -> ModelPlan:
     Raises RecipeError naming the layer that the group size misses, SourceError when the blocks have no linear layer.
     """
     stack, config = find_blocks(source.model), source.config.get_text_config()
-    family = family_of(source.config.model_type)
-    groups = {name: groups_of(block, family, config) for name, block in stack.blocks.items()}
+    rows = rows_of(source.config.model_type)
+    groups = {name: groups_of(block, rows, config) for name, block in stack.blocks.items()}
     linears = {
         f"{block_name}.{linear}": linear_of(block, linear)
         for block_name, block in stack.blocks.items()
@@ -164,7 +164,7 @@ def expected_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
 def _notes(source: SourceModel, plan: ModelPlan) -> tuple[str, ...]:
     """What was done less well than it could be, in sentences."""
     model_type, notes = source.config.model_type, []
-    if family_of(model_type) is WITHOUT_A_ROW:
+    if not rows_of(model_type):
         notes.append(
             f"{model_type} has no row in the table of architectures: its layers were rounded without scaling their "
             "inputs, which loses more than it would with a row"
@@ -225,9 +225,17 @@ def _write_plain_tensors(job: Job) -> None:
             continue
         stored = parameter.to(STORAGE_DTYPE)
         check_finite(f"{name} as {STORAGE_DTYPE}", stored)
-        for stored_name, tensor in stored_tensors(job.source.model, {name: stored}).items():
-            job.writer.add_tensor(stored_name, tensor)
+        _write_plain(job, name, stored)
         parameter.copy_(stored)
+    # what a model saves beside its parameters stays as precise as it is: routers' corrections decide between experts
+    for name, tensor in job.source.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, nn.Parameter):
+            _write_plain(job, name, tensor)
+
+
+def _write_plain(job: Job, name: str, tensor: Tensor) -> None:
+    for stored_name, stored in stored_tensors(job.source.model, {name: tensor}).items():
+        job.writer.add_tensor(stored_name, stored)
 
 
 def _measure(job: Job) -> float | None:

@@ -43,23 +43,6 @@ class GroupRow:
     only_if: tuple[tuple[str, object], ...] = ()
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """What a checkpoint calls the three linears of an expert: down(act(gate(x)) * up(x))."""
-
-    gate: str
-    up: str
-    down: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """What is known of an architecture's blocks. expert_names: None where there are no experts."""
-
-    rows: tuple[GroupRow, ...] = ()
-    expert_names: ExpertNames | None = None
-
-
 # the number that gemma's norms add to their weights
 ONE_PLUS_WEIGHT = 1.0
 
@@ -69,121 +52,99 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 VALUES = GroupRow("self_attn.v_proj", ("self_attn.o_proj",))
 UP = GroupRow("mlp.up_proj", ("mlp.down_proj",))
 
-LLAMA = Family(
-    (
-        # norms of q and k come after the projections, so folding into the input norm stays exact with them
-        GroupRow("input_layernorm", QKV),
-        VALUES,
-        GroupRow("post_attention_layernorm", GATE_UP),
-        UP,
-    )
+LLAMA = (
+    # norms of q and k come after the projections, so folding into the input norm stays exact with them
+    GroupRow("input_layernorm", QKV),
+    VALUES,
+    GroupRow("post_attention_layernorm", GATE_UP),
+    UP,
 )
-GEMMA = Family(
-    (
-        GroupRow("input_layernorm", QKV, norm_offset=ONE_PLUS_WEIGHT),
-        VALUES,
-        GroupRow("post_attention_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
-        UP,
-    )
+GEMMA = (
+    GroupRow("input_layernorm", QKV, norm_offset=ONE_PLUS_WEIGHT),
+    VALUES,
+    GroupRow("post_attention_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
+    UP,
 )
-GEMMA2 = Family(
-    (
-        GroupRow("input_layernorm", QKV, norm_offset=ONE_PLUS_WEIGHT),
-        VALUES,
-        GroupRow("pre_feedforward_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
-        UP,
-    )
+GEMMA2 = (
+    GroupRow("input_layernorm", QKV, norm_offset=ONE_PLUS_WEIGHT),
+    VALUES,
+    GroupRow("pre_feedforward_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
+    UP,
 )
-GEMMA3 = Family(
-    (
-        # scaling the inputs of q and k made gemma 3 worse than plain rounding: llm-compressor #2522, #2571
-        GroupRow(None, QKV),
-        VALUES,
-        GroupRow("pre_feedforward_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
-        UP,
-    )
+GEMMA3 = (
+    # scaling the inputs of q and k made gemma 3 worse than plain rounding: llm-compressor #2522, #2571
+    GroupRow(None, QKV),
+    VALUES,
+    GroupRow("pre_feedforward_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
+    UP,
 )
 # its norms come after attention and MLP: both read the residual stream
-OLMO2 = Family((GroupRow(None, QKV), VALUES, GroupRow(None, GATE_UP), UP))
-PHI3 = Family(
-    (
-        GroupRow("input_layernorm", ("self_attn.qkv_proj",)),
-        GroupRow("self_attn.qkv_proj", ("self_attn.o_proj",), outputs=Outputs.VALUES_LAST),
-        GroupRow("post_attention_layernorm", ("mlp.gate_up_proj",)),
-        GroupRow("mlp.gate_up_proj", ("mlp.down_proj",), outputs=Outputs.SECOND_HALF),
-    )
+OLMO2 = (GroupRow(None, QKV), VALUES, GroupRow(None, GATE_UP), UP)
+PHI3 = (
+    GroupRow("input_layernorm", ("self_attn.qkv_proj",)),
+    GroupRow("self_attn.qkv_proj", ("self_attn.o_proj",), outputs=Outputs.VALUES_LAST),
+    GroupRow("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    GroupRow("mlp.gate_up_proj", ("mlp.down_proj",), outputs=Outputs.SECOND_HALF),
 )
 # attention and MLP side by side: one norm feeds both
-COHERE = Family((GroupRow("input_layernorm", (*QKV, *GATE_UP)), VALUES, UP))
-MIXTRAL = Family(
-    (
-        GroupRow("input_layernorm", QKV),
-        VALUES,
-        GroupRow("post_attention_layernorm", ("mlp.experts.*.w1", "mlp.experts.*.w3"), kept=("mlp.gate",)),
-        GroupRow("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
-    ),
-    ExpertNames(gate="w1", up="w3", down="w2"),
+COHERE = (GroupRow("input_layernorm", (*QKV, *GATE_UP)), VALUES, UP)
+MIXTRAL = (
+    GroupRow("input_layernorm", QKV),
+    VALUES,
+    GroupRow("post_attention_layernorm", ("mlp.experts.*.w1", "mlp.experts.*.w3"), kept=("mlp.gate",)),
+    GroupRow("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
 )
-QWEN_MOE = Family(
-    (
-        GroupRow("input_layernorm", QKV),
-        VALUES,
-        GroupRow(
-            "post_attention_layernorm",
-            (
-                "mlp.shared_expert.gate_proj",
-                "mlp.shared_expert.up_proj",
-                "mlp.experts.*.gate_proj",
-                "mlp.experts.*.up_proj",
-                # the blocks that mlp_only_layers and decoder_sparse_step leave without experts
-                *GATE_UP,
-            ),
-            kept=("mlp.gate", "mlp.shared_expert_gate"),
+QWEN_MOE = (
+    GroupRow("input_layernorm", QKV),
+    VALUES,
+    GroupRow(
+        "post_attention_layernorm",
+        (
+            "mlp.shared_expert.gate_proj",
+            "mlp.shared_expert.up_proj",
+            "mlp.experts.*.gate_proj",
+            "mlp.experts.*.up_proj",
+            # the blocks that mlp_only_layers and decoder_sparse_step leave without experts
+            *GATE_UP,
         ),
-        GroupRow("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
-        GroupRow("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
-        UP,
+        kept=("mlp.gate", "mlp.shared_expert_gate"),
     ),
-    ExpertNames(gate="gate_proj", up="up_proj", down="down_proj"),
+    GroupRow("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+    GroupRow("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
+    UP,
 )
 # what GELU makes of fc1's output cannot be scaled: dense_4h_to_h and c_proj have no row
-GPT_NEOX = Family(
-    (
-        GroupRow("input_layernorm", ("attention.query_key_value",)),
-        GroupRow("attention.query_key_value", ("attention.dense",), outputs=Outputs.VALUES_PER_HEAD),
-        GroupRow("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-    )
+GPT_NEOX = (
+    GroupRow("input_layernorm", ("attention.query_key_value",)),
+    GroupRow("attention.query_key_value", ("attention.dense",), outputs=Outputs.VALUES_PER_HEAD),
+    GroupRow("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
 )
-STARCODER2 = Family((GroupRow("input_layernorm", QKV), VALUES, GroupRow("post_attention_layernorm", ("mlp.c_fc",))))
-OPT = Family(
-    (
-        # OPT-350m has its norms after attention and MLP, where they feed the residual stream as well
-        GroupRow("self_attn_layer_norm", QKV, only_if=(("do_layer_norm_before", True),)),
-        GroupRow(None, QKV),
-        GroupRow("self_attn.v_proj", ("self_attn.out_proj",)),
-        GroupRow("final_layer_norm", ("fc1",), only_if=(("do_layer_norm_before", True),)),
-        # a positive scale passes through ReLU; Galactica is an OPT with GELU
-        GroupRow("fc1", ("fc2",), only_if=(("activation_function", "relu"),)),
-    )
+STARCODER2 = (GroupRow("input_layernorm", QKV), VALUES, GroupRow("post_attention_layernorm", ("mlp.c_fc",)))
+OPT = (
+    # OPT-350m has its norms after attention and MLP, where they feed the residual stream as well
+    GroupRow("self_attn_layer_norm", QKV, only_if=(("do_layer_norm_before", True),)),
+    GroupRow(None, QKV),
+    GroupRow("self_attn.v_proj", ("self_attn.out_proj",)),
+    GroupRow("final_layer_norm", ("fc1",), only_if=(("do_layer_norm_before", True),)),
+    # a positive scale passes through ReLU; Galactica is an OPT with GELU
+    GroupRow("fc1", ("fc2",), only_if=(("activation_function", "relu"),)),
 )
-FALCON = Family(
-    (
-        # 40b and 180b: two norms side by side
-        GroupRow("ln_attn", ("self_attention.query_key_value",)),
-        GroupRow("ln_mlp", ("mlp.dense_h_to_4h",)),
-        # 7b and 11b: one norm feeds both; rw: one after the other
-        GroupRow(
-            "input_layernorm",
-            ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
-            only_if=(("parallel_attn", True),),
-        ),
-        GroupRow("input_layernorm", ("self_attention.query_key_value",), only_if=(("parallel_attn", False),)),
-        GroupRow("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-        GroupRow("self_attention.query_key_value", ("self_attention.dense",), outputs=Outputs.VALUES_PER_HEAD),
-    )
+FALCON = (
+    # 40b and 180b: two norms side by side
+    GroupRow("ln_attn", ("self_attention.query_key_value",)),
+    GroupRow("ln_mlp", ("mlp.dense_h_to_4h",)),
+    # 7b and 11b: one norm feeds both; rw: one after the other
+    GroupRow(
+        "input_layernorm",
+        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+        only_if=(("parallel_attn", True),),
+    ),
+    GroupRow("input_layernorm", ("self_attention.query_key_value",), only_if=(("parallel_attn", False),)),
+    GroupRow("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    GroupRow("self_attention.query_key_value", ("self_attention.dense",), outputs=Outputs.VALUES_PER_HEAD),
 )
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, tuple[GroupRow, ...]] = {
     "cohere": COHERE,
     "falcon": FALCON,
     "gemma": GEMMA,
@@ -204,17 +165,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": QWEN_MOE,
     "starcoder2": STARCODER2,
 }
-# an architecture that nobody has described: all that is known is what every block shows
-WITHOUT_A_ROW = Family()
 
-# what routers are called where no row names them; each says how much an expert counts, and a rounded one sends tokens
-# to the wrong expert
+# what routers, or the modules that hold them, are called where no row names them; a rounded one sends tokens to the
+# wrong experts
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 
 
-def family_of(model_type: str) -> Family:
-    """What is known of a model type's blocks: WITHOUT_A_ROW where that is nothing."""
-    return FAMILIES.get(model_type, WITHOUT_A_ROW)
+def rows_of(model_type: str) -> tuple[GroupRow, ...]:
+    """What is known of a model type's blocks; nothing where nobody has described it."""
+    return FAMILIES.get(model_type, ())
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:

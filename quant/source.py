@@ -20,7 +20,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.errors import SourceError
 from quant.linear_experts import linearize_experts
-from quant.scale_groups import family_of
 
 GGUF_MAGIC = b"GGUF"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -168,9 +167,7 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
     _check_loading(path, loading)
     _check_token_ids(path, model)
-    expert_names = family_of(model.config.model_type).expert_names
-    if expert_names is not None:
-        linearize_experts(model, expert_names)
+    linearize_experts(model)
     # transformers' default is 1e30, which would be written into the checkpoint
     longest = getattr(config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)

@@ -12,7 +12,7 @@ from quant.block_groups import ScaleGroup, groups_of, share_inputs
 from quant.capture import embed, run_block
 from quant.model_structure import find_blocks
 from quant.scale_fold import fold
-from quant.scale_groups import WITHOUT_A_ROW, GroupRow, Outputs, family_of
+from quant.scale_groups import GroupRow, Outputs, rows_of
 from quant.scale_search import ChannelSpread
 from tests.quant.tiny_families import HEAD_WIDTH, TOKENS, VARIANTS, Variant, open_tiny
 
@@ -22,7 +22,7 @@ ROUTERS = {"mlp.gate", "mlp.shared_expert_gate"}
 
 def groups_by_source(variant: Variant, model: PreTrainedModel, index: int = 0) -> dict[str | None, ScaleGroup]:
     block = list(find_blocks(model).blocks.values())[index]
-    groups = groups_of(block, family_of(variant.model_type), model.config)
+    groups = groups_of(block, rows_of(variant.model_type), model.config)
     return {group.source.name if group.source else None: group for group in groups}
 
 
@@ -32,7 +32,7 @@ def test_every_linear_of_a_block_is_in_one_group_but_routers_and_gates(variant: 
     for block in find_blocks(model).blocks.values():
         linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
         grouped = [
-            name for group in groups_of(block, family_of(variant.model_type), model.config) for name in group.linears
+            name for group in groups_of(block, rows_of(variant.model_type), model.config) for name in group.linears
         ]
         assert sorted(grouped) == sorted(set(linears) - ROUTERS)
 
@@ -46,7 +46,7 @@ def test_a_fold_that_forgets_any_one_reader_changes_the_block(variant: Variant, 
     with torch.no_grad():
         chunk = embed(stack, TOKENS)[0]
         expected = run_block(block, 0, chunk).hidden
-        for group in groups_of(block, family_of(variant.model_type), model.config):
+        for group in groups_of(block, rows_of(variant.model_type), model.config):
             for reader in (*group.linears, *group.kept) if group.source else ():
                 folded = copy.deepcopy(block)
                 scale = torch.linspace(0.3, 3, folded.get_submodule(reader).weight.shape[1] // group.spread.repeats)
@@ -102,7 +102,7 @@ def test_what_cannot_be_scaled_exactly_is_no_source(name: str, absent: set[str],
 def test_an_architecture_without_a_row_has_a_group_a_linear_and_no_source(tmp_path: Path) -> None:
     model = open_tiny(BY_NAME["llama"], tmp_path)
     block = next(iter(find_blocks(model).blocks.values()))
-    groups = groups_of(block, WITHOUT_A_ROW, model.config)
+    groups = groups_of(block, (), model.config)
     assert all(group.source is None and len(group.linears) == 1 for group in groups)
     assert len(groups) == 7
 
@@ -113,7 +113,7 @@ def test_linears_without_a_row_that_read_one_tensor_are_joined(tmp_path: Path) -
     block = next(iter(stack.blocks.values()))
     with torch.no_grad():
         chunk = embed(stack, TOKENS)[0]
-        groups = share_inputs(groups_of(block, WITHOUT_A_ROW, model.config), block, 0, chunk)
+        groups = share_inputs(groups_of(block, (), model.config), block, 0, chunk)
     assert [group.linears for group in groups] == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
@@ -126,7 +126,7 @@ def test_joining_inputs_leaves_no_linear_out_and_no_scaled_group_changed(tmp_pat
     model = open_tiny(BY_NAME["opt-350m"], tmp_path)
     stack = find_blocks(model)
     block = next(iter(stack.blocks.values()))
-    groups = groups_of(block, family_of("opt"), model.config)
+    groups = groups_of(block, rows_of("opt"), model.config)
     with torch.no_grad():
         shared = share_inputs(groups, block, 0, embed(stack, TOKENS)[0])
     assert {name for group in shared for name in group.linears} == {name for group in groups for name in group.linears}
@@ -134,8 +134,9 @@ def test_joining_inputs_leaves_no_linear_out_and_no_scaled_group_changed(tmp_pat
 
 
 def test_linears_that_are_called_like_a_router_are_left_alone_without_a_row(tmp_path: Path) -> None:
-    block = nn.ModuleDict({"gate": nn.Linear(64, 8), "up": nn.Linear(64, 64)})
-    groups = groups_of(block, WITHOUT_A_ROW, open_tiny(BY_NAME["llama"], tmp_path).config)
+    router = nn.ModuleDict({"wg": nn.Linear(64, 8)})
+    block = nn.ModuleDict({"gate": router, "shared_expert_gate": nn.Linear(64, 8), "up": nn.Linear(64, 64)})
+    groups = groups_of(block, (), open_tiny(BY_NAME["llama"], tmp_path).config)
     assert [group.linears for group in groups] == [("up",)]
 
 
@@ -143,5 +144,5 @@ def test_shapes_that_do_not_say_how_heads_repeat_are_not_folded(tmp_path: Path) 
     block = nn.ModuleDict({"v_proj": nn.Linear(48, 24), "o_proj": nn.Linear(80, 48)})
     row = GroupRow("v_proj", ("o_proj",), outputs=Outputs.ALL)
     config = open_tiny(BY_NAME["llama"], tmp_path).config
-    groups = groups_of(block, type(WITHOUT_A_ROW)((row,)), config)
+    groups = groups_of(block, (row,), config)
     assert all(group.source is None for group in groups)

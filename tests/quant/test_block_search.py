@@ -19,7 +19,7 @@ from quant.block_search import BlockOutcome, search_block
 from quant.capture import BlockInput, InputStatistics, embed, run_block
 from quant.model_structure import find_blocks
 from quant.rounding import GroupRange, full_range
-from quant.scale_groups import family_of, linear_of
+from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import Grouping
 from tests.tiny_models import save_tiny_model
 
@@ -48,7 +48,7 @@ def subject(tmp_path: Path) -> Subject:
     with torch.no_grad():
         model, rounded = (AutoModelForCausalLM.from_pretrained(directory).eval() for _ in range(2))
         block = find_blocks(model).blocks[NAME]
-        groups = groups_of(block, family_of("llama"), model.config)
+        groups = groups_of(block, rows_of("llama"), model.config)
         plan = BlockPlan(groups, Grouping(bits=4, group_size=32))
         plain = round_block_plainly(find_blocks(rounded).blocks[NAME], plan)
         inputs = embed(find_blocks(model), tokens)

@@ -13,7 +13,7 @@ from quant.errors import SourceError
 from quant.evaluate import EvalOptions, evaluate_checkpoint
 from quant.pipeline import quantize
 from quant.recipe import Method, Recipe
-from tests.quant.tiny_families import TOKENS, VARIANTS, Variant
+from tests.quant.tiny_families import EXPERTS, TOKENS, VARIANTS, Variant
 from tests.tiny_models import save_tiny_model
 
 AWQ = Recipe(num_samples=4, sample_tokens=32, num_windows=0)
@@ -21,10 +21,12 @@ RTN = Recipe(method=Method.RTN, num_windows=0)
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 PACKED = ("qweight", "qzeros", "scales")
 ROUTERS = (".mlp.gate", ".block_sparse_moe.gate", ".mlp.shared_expert_gate")
-# unlike anything in the table: a LayerNorm before half-rotated heads; one output in a tuple; fused queries of one head
+# in turn: partly rotated heads; states in a tuple; experts; routers with saved buffers; fused queries and one key head
 WITHOUT_A_ROW = {
     "stablelm": {},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "olmoe": EXPERTS,
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128, "n_positions": 512},
 }
 
@@ -108,13 +110,11 @@ def test_an_architecture_without_a_row_is_quantized_and_says_so(model_type: str,
 def test_experts_of_an_architecture_without_a_row_stay_as_they_are_and_a_sentence_says_how_much_that_is(
     tmp_path: Path,
 ) -> None:
-    fields = BY_NAME["qwen3-moe"].fields
-    original = open_dense(Variant("olmoe", "olmoe", fields), tmp_path / "model")
+    original = open_dense(Variant("gpt-oss", "gpt_oss", {"num_local_experts": 4}), tmp_path / "model")
 
     report = quantize(AWQ, tmp_path / "model", tmp_path / "awq")
 
     assert stored_names(tmp_path / "awq") == stored_names(tmp_path / "model")
-    # 4 experts of 3 x 32 x 64 weights beside 4 x 64 x 64, less where heads share keys and values
     assert "of the blocks' weights are not in linear layers, and stay in 16 bits" in report.notes[1]
     dense = load_dense(tmp_path / "awq").get_parameter("model.layers.0.mlp.experts.down_proj")
     assert torch.equal(dense, original.get_parameter("model.layers.0.mlp.experts.down_proj").half().float())

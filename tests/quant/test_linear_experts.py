@@ -1,61 +1,85 @@
-"""Experts as linears of their own compute what transformers' experts module computes."""
+"""Experts as linears of their own compute what transformers' experts modules compute, or stay in one."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant.errors import SourceError
 from quant.linear_experts import LinearExperts, linearize_experts
-from quant.scale_groups import ExpertNames, family_of
-from tests.quant.tiny_families import TOKENS, VARIANTS, Variant
+from tests.quant.tiny_families import EXPERTS, TOKENS
 from tests.tiny_models import save_tiny_model
 
-NAMES = ExpertNames("gate_proj", "up_proj", "down_proj")
+EXPERTS_4 = {"num_local_experts": 4}
+SHARED = {"shared_expert_intermediate_size": 64}
+
+
+def open_fused(model_type: str, directory: Path, **fields: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(save_tiny_model(model_type, directory, config_overrides=fields)).eval()
 
 
 @pytest.mark.parametrize(
-    "variant", [variant for variant in VARIANTS if family_of(variant.model_type).expert_names], ids=str
+    ("model_type", "fields", "linears"),
+    [
+        ("mixtral", EXPERTS_4, ["w1", "w3", "w2"]),
+        ("qwen2_moe", {**EXPERTS, **SHARED}, ["gate_proj", "up_proj", "down_proj"]),
+        ("qwen3_moe", EXPERTS, ["gate_proj", "up_proj", "down_proj"]),
+        ("olmoe", EXPERTS, ["gate_proj", "up_proj", "down_proj"]),
+    ],
 )
-def test_the_model_gives_the_same_logits(variant: Variant, tmp_path: Path) -> None:
-    saved = save_tiny_model(variant.model_type, tmp_path, config_overrides=variant.fields)
-    model = AutoModelForCausalLM.from_pretrained(saved).eval()
-    names = family_of(variant.model_type).expert_names
-    assert names is not None
+def test_experts_are_linears_with_the_checkpoints_names_and_the_logits_stay(
+    model_type: str, fields: dict[str, object], linears: list[str], tmp_path: Path
+) -> None:
+    model = open_fused(model_type, tmp_path, **fields)
     with torch.no_grad():
         expected = model(TOKENS).logits
-        linearize_experts(model, names)
+        linearize_experts(model)
         torch.testing.assert_close(model(TOKENS).logits, expected)
+    expert = model.get_submodule("model.layers.1.mlp.experts.3")
+    assert [name for name, module in expert.named_children() if isinstance(module, torch.nn.Linear)] == linears
     assert not [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
 
 
-def test_a_token_gets_the_weighted_sum_of_its_experts() -> None:
-    model = nn.ModuleDict({"experts": fused_experts(num_experts=2)})
-    linearize_experts(model, NAMES)
-    experts = model.get_submodule("experts")
+def test_a_token_gets_the_weighted_sum_of_its_experts(tmp_path: Path) -> None:
+    model = open_fused("qwen3_moe", tmp_path, **EXPERTS)
+    linearize_experts(model)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
     assert isinstance(experts, LinearExperts)
-    states = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    chosen, weights = torch.tensor([[0], [1]]), torch.tensor([[0.5], [0.25]])
+    states = torch.linspace(-1, 1, 128).view(2, 64)
+    chosen, weights = torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0.5, 0.25], [0.75, 0.125]])
     with torch.no_grad():
         output = experts(states, chosen, weights)
-        each = [experts[number](states[number]) for number in range(2)]
-    torch.testing.assert_close(output, torch.stack([0.5 * each[0], 0.25 * each[1]]))
+        first = 0.5 * experts[0](states[:1]) + 0.25 * experts[3](states[:1])
+        second = 0.75 * experts[2](states[1:]) + 0.125 * experts[1](states[1:])
+    torch.testing.assert_close(output, torch.cat([first, second]))
 
 
-def test_experts_with_other_tensors_are_refused_by_name() -> None:
-    model = nn.ModuleDict({"experts": fused_experts(num_experts=2)})
-    model.get_submodule("experts").register_parameter("gate_up_proj_bias", nn.Parameter(torch.zeros(2, 6)))
-    with pytest.raises(SourceError, match=r"experts holds experts in a way that is not known: .*gate_up_proj_bias"):
-        linearize_experts(model, NAMES)
+def test_the_weights_are_not_copied(tmp_path: Path) -> None:
+    model = open_fused("qwen3_moe", tmp_path, **EXPERTS)
+    start = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").data_ptr()
+    linearize_experts(model)
+    assert model.get_parameter("model.layers.0.mlp.experts.0.gate_proj.weight").data_ptr() == start
 
 
-def fused_experts(num_experts: int) -> nn.Module:
-    """As transformers holds them: width 2, intermediate width 3."""
-    experts = nn.Module()
-    generator = torch.Generator().manual_seed(3)
-    experts.gate_up_proj = nn.Parameter(torch.randn(num_experts, 6, 2, generator=generator))
-    experts.down_proj = nn.Parameter(torch.randn(num_experts, 2, 3, generator=generator))
-    experts.act_fn = nn.SiLU()
-    return experts
+def test_experts_with_biases_and_a_gate_of_their_own_stay_as_they_are(tmp_path: Path) -> None:
+    model = open_fused("gpt_oss", tmp_path, **EXPERTS_4)
+    linearize_experts(model)
+    assert model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").dim() == 3
+
+
+def test_experts_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> None:
+    model = open_fused("qwen3_moe", tmp_path, **EXPERTS)
+
+    class Clamped(torch.nn.Module):
+        """An activation that transformers' module does not use, as if it cut off what is large."""
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(states).clamp(max=1)
+
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    plain = experts.act_fn
+    experts._apply_gate = lambda states: plain(states.chunk(2, dim=-1)[0]) * states.chunk(2, dim=-1)[1]
+    experts.act_fn = Clamped()
+    linearize_experts(model)
+    assert not isinstance(model.get_submodule("model.layers.0.mlp.experts"), LinearExperts)
+    assert isinstance(model.get_submodule("model.layers.1.mlp.experts"), LinearExperts)

@@ -9,7 +9,7 @@ from torch import nn
 from quant.block_groups import ScaleGroup, ScaleSource, groups_of
 from quant.model_structure import find_blocks
 from quant.scale_fold import fold
-from quant.scale_groups import family_of, linear_of
+from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import ChannelSpread
 from tests.quant.tiny_families import TOKENS, VARIANTS, Variant, open_tiny
 
@@ -33,7 +33,7 @@ def test_a_model_with_every_group_folded_gives_the_same_logits(variant: Variant,
     with torch.no_grad():
         expected = model(TOKENS).logits
         for block in find_blocks(model).blocks.values():
-            for group in reversed(groups_of(block, family_of(variant.model_type), model.config)):
+            for group in reversed(groups_of(block, rows_of(variant.model_type), model.config)):
                 before = linear_of(block, group.linears[0]).weight.clone()
                 fold(block, group, random_scale(before.shape[1] // group.spread.repeats))
                 assert torch.equal(linear_of(block, group.linears[0]).weight, before) == (group.source is None)

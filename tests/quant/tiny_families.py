@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.linear_experts import linearize_experts
-from quant.scale_groups import family_of
 from tests.tiny_models import SHAPE, save_tiny_model
 
 # shorter than the sequences of the tests, so that a mask of the wrong layer type shows
@@ -115,7 +114,5 @@ def open_tiny(variant: Variant, directory: Path) -> PreTrainedModel:
     """The saved tiny model as the quantizer holds it: in float32, its experts as linears."""
     saved = save_tiny_model(variant.model_type, directory, config_overrides=variant.fields)
     model = AutoModelForCausalLM.from_pretrained(saved).eval()
-    names = family_of(variant.model_type).expert_names
-    if names is not None:
-        linearize_experts(model, names)
+    linearize_experts(model)
     return model

@@ -75,7 +75,7 @@ def share_inputs(
 ) -> tuple[ScaleGroup, ...]:
     """The same groups, those without a source joined where their linears read one tensor: it is counted once then.
 
-    Seen by running the block on a chunk, which a block of rows that name all its linears is spared.
+    Seen by running the block on a chunk; a block with one such group or none is not run.
     """
     unscaled = {group.linears[0]: group for group in groups if group.source is None and not group.kept}
     if len(unscaled) < 2:
@@ -92,7 +92,7 @@ def share_inputs(
 
 def _per_expert(row: GroupRow, names: Collection[str]) -> Iterator[GroupRow]:
     """The row itself; one row an expert where the source is one of an expert's linears."""
-    if row.source is None or "*" not in row.source:
+    if "*" not in row.source:
         yield row
         return
     numbered = _as_regex(row.linears[0])
@@ -112,16 +112,14 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
 
 
 def _holds(row: GroupRow, modules: Collection[str], config: PreTrainedConfig) -> bool:
-    return (row.source is None or row.source in modules) and all(
-        getattr(config, field) == value for field, value in row.only_if
-    )
+    return row.source in modules and all(getattr(config, field) == value for field, value in row.only_if)
 
 
 def _group(block: nn.Module, row: GroupRow, modules: Collection[str], config: PreTrainedConfig) -> ScaleGroup:
     kept = tuple(name for name in row.kept if name in modules)
     # a norm without a weight has nothing to divide
-    weight: Tensor | None = None if row.source is None else getattr(block.get_submodule(row.source), "weight", None)
-    if row.source is None or weight is None:
+    weight: Tensor | None = getattr(block.get_submodule(row.source), "weight", None)
+    if weight is None:
         return _unscaled(block, row.linears, kept)
     num_outputs, num_inputs = weight.shape[0], linear_of(block, row.linears[0]).in_features
     num_channels = _num_channels(row.outputs, num_outputs, num_inputs)

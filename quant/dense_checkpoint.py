@@ -37,20 +37,27 @@ def load_dense(directory: Path) -> PreTrainedModel:
     tensors = _dense_tensors(reader)
     # a head of its own is loaded as one, whatever the config says of a tied one
     config.tie_word_embeddings = config.tie_word_embeddings and not tensors.keys() & head_names(skeleton)
-    loaded: object = type(skeleton).from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        loaded: object = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{directory} does not hold the tensors of its model; some of an expert are missing: {error}"
+        ) from error
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if loading[problem]:
-            kind = problem.partition("_")[0]
-            names = sorted(map(str, loading[problem]))
-            raise CheckpointError(f"{directory} does not hold the tensors of its model; {kind}: {', '.join(names[:5])}")
+    for problem in ("missing", "mismatched", "unexpected"):
+        # a mismatched one is (name, shape in the file, shape that the config asks for)
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading[f"{problem}_keys"])
+        if names:
+            raise CheckpointError(
+                f"{directory} does not hold the tensors of its model; {problem}: {', '.join(names[:5])}"
+            )
     model.train(mode=False)
     return model
 

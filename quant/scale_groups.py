@@ -26,8 +26,7 @@ class Outputs(Enum):
 class GroupRow:
     """Linears that read one input, and the operation that makes it. Names are relative to the block.
 
-    source: a norm, or a linear whose outputs reach the input unmixed (through a product, an average or a ReLU); None
-    where the input cannot be scaled, such as the residual stream.
+    source: a norm, or a linear whose outputs reach the input unmixed (through a product, an average or a ReLU).
     linears: every consumer that is quantized. kept: every other one: it is multiplied, and stays as precise as it is.
     norm_offset: the norm multiplies by its weight plus this.
     only_if: fields of the model's config and the values without which the row does not hold.
@@ -35,7 +34,7 @@ class GroupRow:
     source has it. The first row that has a linear takes it; linears without a row are quantized, and not scaled.
     """
 
-    source: str | None
+    source: str
     linears: tuple[str, ...]
     kept: tuple[str, ...] = ()
     outputs: Outputs = Outputs.ALL
@@ -71,15 +70,14 @@ GEMMA2 = (
     GroupRow("pre_feedforward_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
     UP,
 )
+# no row for q, k, v: scaling their input made gemma 3 worse than plain rounding (llm-compressor #2522, #2571)
 GEMMA3 = (
-    # scaling the inputs of q and k made gemma 3 worse than plain rounding: llm-compressor #2522, #2571
-    GroupRow(None, QKV),
     VALUES,
     GroupRow("pre_feedforward_layernorm", GATE_UP, norm_offset=ONE_PLUS_WEIGHT),
     UP,
 )
-# its norms come after attention and MLP: both read the residual stream
-OLMO2 = (GroupRow(None, QKV), VALUES, GroupRow(None, GATE_UP), UP)
+# its norms come after attention and MLP: both read the residual stream, which nothing can be divided out of
+OLMO2 = (VALUES, UP)
 PHI3 = (
     GroupRow("input_layernorm", ("self_attn.qkv_proj",)),
     GroupRow("self_attn.qkv_proj", ("self_attn.o_proj",), outputs=Outputs.VALUES_LAST),
@@ -123,7 +121,6 @@ STARCODER2 = (GroupRow("input_layernorm", QKV), VALUES, GroupRow("post_attention
 OPT = (
     # OPT-350m has its norms after attention and MLP, where they feed the residual stream as well
     GroupRow("self_attn_layer_norm", QKV, only_if=(("do_layer_norm_before", True),)),
-    GroupRow(None, QKV),
     GroupRow("self_attn.v_proj", ("self_attn.out_proj",)),
     GroupRow("final_layer_norm", ("fc1",), only_if=(("do_layer_norm_before", True),)),
     # a positive scale passes through ReLU; Galactica is an OPT with GELU

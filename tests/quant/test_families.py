@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
-from quant.errors import SourceError
+from quant.errors import CheckpointError, SourceError
 from quant.evaluate import EvalOptions, evaluate_checkpoint
 from quant.pipeline import quantize
 from quant.recipe import Method, Recipe
@@ -90,6 +91,24 @@ def test_the_checkpoint_of_a_mixture_of_experts_is_evaluated_beside_its_plain_ro
     original, plain, checkpoint = table.rows
     assert checkpoint.perplexity == pytest.approx(plain.perplexity, rel=1e-3)
     assert original.perplexity != pytest.approx(plain.perplexity, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.2.w1"),
+        ("qwen3-moe", "model.layers.1.mlp.experts.3.down_proj"),
+        ("opt", "model.decoder.layers.1.fc2"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_layer_is_refused(name: str, dropped: str, tmp_path: Path) -> None:
+    open_dense(BY_NAME[name], tmp_path / "model")
+    quantize(RTN, tmp_path / "model", tmp_path / "rtn")
+    file = tmp_path / "rtn" / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(dropped)}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not hold the tensors of its model"):
+        load_dense(tmp_path / "rtn")
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_A_ROW)

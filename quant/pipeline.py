@@ -10,48 +10,27 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
-from quant.block import BlockPlan, check_finite, round_block_plainly
-from quant.block_groups import groups_of, share_inputs
+from kernels.layout import PackedWeight
+from quant.block import check_finite, round_block_plainly
+from quant.block_groups import share_inputs
 from quant.block_search import search_block
 from quant.calibration import CalibrationTokens, calibration_tokens, read_text
 from quant.capture import embed
 from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.errors import RecipeError, SourceError
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
-from quant.model_structure import BlockStack, find_blocks, stored_modules, stored_tensors
+from quant.model_plan import ModelPlan, plan_model, shortcomings
+from quant.model_structure import stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
-from quant.recipe import Method, Recipe, choose_group_size
+from quant.recipe import Method, Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import linear_of, rows_of
+from quant.scale_groups import linear_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
 # as short as tells the models apart: `awq-serve eval` measures longer
 WINDOW_TOKENS = 512
-# norms, biases and routers are less of a block than this; experts that are no linear layers are more
-MAX_PLAIN_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """How a model is quantized: where its blocks are, and a plan for each by its full name."""
-
-    stack: BlockStack
-    blocks: Mapping[str, BlockPlan]
-    grouping: Grouping
-
-    def linear_names(self) -> tuple[str, ...]:
-        """All linears that are quantized, by full name."""
-        return tuple(f"{block}.{linear}" for block, plan in self.blocks.items() for linear in plan.linear_names())
-
-    def kept_names(self) -> tuple[str, ...]:
-        """What reads a quantized linear's input and stays as precise as it is: routers and gates, by full name."""
-        return tuple(
-            f"{block}.{name}" for block, plan in self.blocks.items() for group in plan.groups for name in group.kept
-        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +67,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     meter.report("load", 0, 1)
     source = open_source(source_path)
     meter.report("load", 1, 1)
-    plan = plan_blocks(recipe, source)
+    plan = plan_model(recipe, source.model)
     for name, parameter in source.model.named_parameters():
         check_finite(name, parameter)
     files = source.side_files()
@@ -109,44 +88,12 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             blocks=numbers.blocks,
             perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
             bits_per_weight=bits_per_weight(plan.grouping),
-            notes=_notes(source, plan),
+            notes=shortcomings(plan, source.model),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         writer.commit(_checkpoint_config(source, plan), files={**files, REPORT_FILE: report.to_bytes()})
     return report
-
-
-def plan_blocks(recipe: Recipe, source: SourceModel) -> ModelPlan:
-    """How the blocks of this model are quantized.
-
-    Raises RecipeError naming the layer that the group size misses, SourceError when the blocks have no linear layer.
-    """
-    stack, config = find_blocks(source.model), source.config.get_text_config()
-    rows = rows_of(source.config.model_type)
-    groups = {name: groups_of(block, rows, config) for name, block in stack.blocks.items()}
-    linears = {
-        f"{block_name}.{linear}": linear_of(block, linear)
-        for block_name, block in stack.blocks.items()
-        for group in groups[block_name]
-        for linear in group.linears
-    }
-    if not linears:
-        raise SourceError(f"model type {source.config.model_type!r} has no linear layer in its blocks to quantize")
-    group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
-    _check_out_features(linears)
-    grouping = Grouping(recipe.bits, group_size)
-    return ModelPlan(stack, {name: BlockPlan(own, grouping) for name, own in groups.items()}, grouping)
-
-
-def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
-    """Raises RecipeError naming the first layer whose outputs do not fill the words of the AWQ gemm format."""
-    for name, linear in linears.items():
-        if linear.out_features % AWQ_COLUMNS_PER_WORD:
-            raise RecipeError(
-                f"{name} has {linear.out_features} outputs, and the AWQ gemm format packs "
-                f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
-            )
 
 
 def bits_per_weight(grouping: Grouping) -> float:
@@ -159,22 +106,6 @@ def expected_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
     num_quantized = sum(linear_of(model, name).weight.numel() for name in plan.linear_names())
     num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
     return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
-
-
-def _notes(source: SourceModel, plan: ModelPlan) -> tuple[str, ...]:
-    """What was done less well than it could be, in sentences."""
-    model_type, notes = source.config.model_type, []
-    if not rows_of(model_type):
-        notes.append(
-            f"{model_type} has no row in the table of architectures: its layers were rounded without scaling their "
-            "inputs, which loses more than it would with a row"
-        )
-    num_weights = sum(parameter.numel() for block in plan.stack.blocks.values() for parameter in block.parameters())
-    num_quantized = sum(linear_of(source.model, name).weight.numel() for name in plan.linear_names())
-    share = 1 - num_quantized / num_weights
-    if share > MAX_PLAIN_SHARE:
-        notes.append(f"{share:.0%} of the blocks' weights are not in linear layers, and stay in 16 bits")
-    return tuple(notes)
 
 
 def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:

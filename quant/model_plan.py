@@ -13,7 +13,7 @@ from quant.block_groups import groups_of
 from quant.errors import RecipeError, SourceError
 from quant.model_structure import BlockStack, find_blocks
 from quant.recipe import Recipe, choose_group_size
-from quant.scale_groups import linear_of, rows_of
+from quant.scale_groups import ROUTER_NAMES, linear_of, rows_of
 from quant.scale_search import Grouping
 
 # norms, biases and routers are less of a block than this; experts that are no linear layers are more
@@ -31,12 +31,6 @@ class ModelPlan:
     def linear_names(self) -> tuple[str, ...]:
         """All linears that are quantized, by full name."""
         return tuple(f"{block}.{linear}" for block, plan in self.blocks.items() for linear in plan.linear_names())
-
-    def kept_names(self) -> tuple[str, ...]:
-        """What reads a quantized linear's input and stays as precise as it is: routers and gates, by full name."""
-        return tuple(
-            f"{block}.{name}" for block, plan in self.blocks.items() for group in plan.groups for name in group.kept
-        )
 
 
 def plan_model(recipe: Recipe, model: PreTrainedModel) -> ModelPlan:
@@ -76,6 +70,23 @@ def shortcomings(plan: ModelPlan, model: PreTrainedModel) -> tuple[str, ...]:
     if share > MAX_PLAIN_SHARE:
         notes.append(f"{share:.0%} of the blocks' weights are not in linear layers, and stay in 16 bits")
     return tuple(notes)
+
+
+def plain_names(plan: ModelPlan, model: PreTrainedModel) -> tuple[str, ...]:
+    """The linears and routers of the whole model that stay as they are, by full name.
+
+    transformers' routers are no linears, but in other servers they are.
+    """
+    quantized = set(plan.linear_names())
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if name not in quantized and (isinstance(module, nn.Linear) or _is_router(name, module))
+    )
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    return name.rpartition(".")[2] in ROUTER_NAMES and hasattr(module, "weight")
 
 
 def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:

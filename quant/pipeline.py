@@ -19,7 +19,7 @@ from quant.capture import embed
 from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.writer import CheckpointWriter, check_place
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
-from quant.model_plan import ModelPlan, plan_model, shortcomings
+from quant.model_plan import ModelPlan, plain_names, plan_model, shortcomings
 from quant.model_structure import stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe
@@ -180,10 +180,6 @@ def _measure(job: Job) -> float | None:
 
 def _checkpoint_config(source: SourceModel, plan: ModelPlan) -> dict[str, object]:
     """The source's config with what was done to it; every linear that stayed as it was is listed by its full name."""
-    quantized = set(plan.linear_names())
-    linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
-    # in order, and each once: some routers are linears
-    kept = dict.fromkeys([*plan.kept_names(), *(name for name in linears if name not in quantized)])
-    names = tuple(stored_modules(source.model, kept).values())
+    names = tuple(stored_modules(source.model, plain_names(plan, source.model)).values())
     meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, names)
     return {**source.checkpoint_config(STORAGE_DTYPE), "quantization_config": meta.to_config()}

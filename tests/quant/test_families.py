@@ -38,6 +38,11 @@ def stored_names(directory: Path) -> set[str]:
     return {f"{name.rpartition('.')[0]}.weight" if name.endswith(PACKED) else name for name in names}
 
 
+def kept_modules(directory: Path) -> list[str]:
+    config = json.loads((directory / "config.json").read_text())
+    return config["quantization_config"]["modules_to_not_convert"]
+
+
 def divergence(model: PreTrainedModel, original: PreTrainedModel) -> float:
     with torch.no_grad():
         log_p, log_q = (candidate(TOKENS).logits.log_softmax(dim=-1) for candidate in (original, model))
@@ -61,6 +66,15 @@ def test_a_checkpoint_has_its_sources_names_and_is_near_it(variant: Variant, tmp
     assert 5 * divergence(load_dense(tmp_path / "awq"), original) < divergence(stranger, original)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_no_name_of_what_is_kept_is_part_of_a_quantized_one(variant: Variant, tmp_path: Path) -> None:
+    """Servers match the list of kept modules as parts of names."""
+    save_tiny_model(variant.model_type, tmp_path / "model", config_overrides=variant.fields)
+    quantize(RTN, tmp_path / "model", tmp_path / "rtn")
+    quantized = CheckpointReader.open(tmp_path / "rtn").quantized_module_names
+    assert not [(kept, name) for kept in kept_modules(tmp_path / "rtn") for name in quantized if kept in name]
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
 def test_experts_are_quantized_one_by_one_and_routers_are_not(name: str, tmp_path: Path) -> None:
     variant = BY_NAME[name]
@@ -70,9 +84,7 @@ def test_experts_are_quantized_one_by_one_and_routers_are_not(name: str, tmp_pat
 
     reader = CheckpointReader.open(tmp_path / "rtn")
     routers = {name for name in stored_names(tmp_path / "model") if name.removesuffix(".weight").endswith(ROUTERS)}
-    kept = set(
-        json.loads((tmp_path / "rtn" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
-    )
+    kept = set(kept_modules(tmp_path / "rtn"))
     assert routers <= set(reader.tensor_names)
     assert {name.removesuffix(".weight") for name in routers} <= kept
     # the names of the hub's own checkpoints, which other servers read
@@ -122,6 +134,8 @@ def test_an_architecture_without_a_row_is_quantized_and_says_so(model_type: str,
     assert len(report.notes) == 1
     assert report.notes[0].startswith(f"{model_type} has no row in the table of architectures")
     assert {layer.formula for layer in report.layers} == {"identity"}
+    routers = [name for name in stored_names(tmp_path / "awq") if name.endswith(".mlp.gate.weight")]
+    assert {name.removesuffix(".weight") for name in routers} <= set(kept_modules(tmp_path / "awq"))
     assert stored_names(tmp_path / "awq") == stored_names(tmp_path / "model")
     assert 5 * divergence(load_dense(tmp_path / "awq"), original) < divergence(stranger, original)
 

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from kernels.layout import GroupCodes, PackedWeight, pack, unpack
 from kernels.reference import dequantize
+from quant.block_groups import ScaleGroup
 from quant.capture import InputStatistics
 from quant.clip_search import search_range
 from quant.errors import QuantizationError
 from quant.rounding import GroupRange, codes_of, full_range, grid_of
-from quant.scale_fold import fold, spread_of
-from quant.scale_groups import ScaleGroup, linear_of
+from quant.scale_fold import fold
+from quant.scale_groups import linear_of
 from quant.scale_search import (
-    ChannelSpread,
     Grouping,
     ScaleChoice,
     SharedInput,
@@ -27,10 +27,9 @@ from quant.scale_search import (
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What the model's family and the recipe say about every block."""
+    """What the model's family and the recipe say about a block."""
 
     groups: tuple[ScaleGroup, ...]
-    head_width: int
     grouping: Grouping
 
     def linear_names(self) -> tuple[str, ...]:
@@ -38,8 +37,8 @@ class BlockPlan:
         return tuple(name for group in self.groups for name in group.linears)
 
     def observed_names(self) -> tuple[str, ...]:
-        """One linear per distinct input: where the inputs are observed."""
-        return tuple(group.linears[0] for group in self.groups)
+        """One module per distinct input: where the inputs are observed."""
+        return tuple(group.observed for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,17 @@ class LayerResult:
 
 
 def fold_scales(block: nn.Module, plan: BlockPlan, statistics: Mapping[str, InputStatistics]) -> dict[str, FoldedGroup]:
-    """Search every group's scale and fold it, in place; the block computes what it did. By observed linear's name.
+    """Search every group's scale and fold it, in place; the block computes what it did. By observed module's name.
 
     From the last group to the first: a fold then changes only a source that is still to be searched.
     """
     folded = {}
     for group in reversed(plan.groups):
-        observed = group.linears[0]
-        spread = spread_of(block, group, plan.head_width)
         weights = [linear_of(block, name).weight.detach() for name in group.linears]
-        if spread is None:
-            direct = ChannelSpread(width=weights[0].shape[1], repeats=1)
-            choice = keep_unscaled(SharedInput(weights, statistics[observed], direct), plan.grouping)
-            folded[observed] = FoldedGroup(choice, choice.candidate.scale)
-        else:
-            choice = search_scale(SharedInput(weights, statistics[observed], spread), plan.grouping)
-            folded[observed] = FoldedGroup(choice, fold(block, group, choice.candidate.scale, spread))
+        shared = SharedInput(weights, statistics[group.observed], group.spread)
+        choose = keep_unscaled if group.source is None else search_scale
+        choice = choose(shared, plan.grouping)
+        folded[group.observed] = FoldedGroup(choice, fold(block, group, choice.candidate.scale))
     return folded
 
 
@@ -88,9 +82,8 @@ def round_folded(
     """Search the ranges of every folded linear and round it, in place, by linear name."""
     results = {}
     for group in plan.groups:
-        observed = group.linears[0]
-        choice, scale = folded[observed].choice, folded[observed].scale
-        gram = statistics[observed].gram / (scale[:, None] * scale[None, :])
+        choice, scale = folded[group.observed].choice, folded[group.observed].scale
+        gram = statistics[group.observed].gram / (scale[:, None] * scale[None, :])
         for name, signal in zip(group.linears, choice.signals, strict=True):
             weight = linear_of(block, name).weight.detach().clone()
             packed = _round(block, name, search_range(weight, gram, plan.grouping), plan.grouping)

@@ -45,7 +45,7 @@ def search_block(block: nn.Module, name: str, index: int, inputs: list[BlockInpu
     plain_losses = {
         linear: loss
         for group in plan.groups
-        for linear, loss in zip(group.linears, folded[group.linears[0]].choice.plain_losses, strict=True)
+        for linear, loss in zip(group.linears, folded[group.observed].choice.plain_losses, strict=True)
     }
     chosen_error = plain_error
     if fold_error < MAX_FOLD_ERROR:

@@ -130,6 +130,8 @@ def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFo
     if report.layers:
         console.print(layer_table(report))
     console.print(summary_table(report))
+    for note in report.notes:
+        console.print(note, markup=False, soft_wrap=True)
     console.print(f"written to {output}", soft_wrap=True)
 
 

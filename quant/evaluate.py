@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, QuantizationError, RecipeError, SourceError
+from quant.model_structure import stored_modules
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.report import REPORT_FILE
 from quant.rounding import round_plainly
@@ -189,13 +190,12 @@ def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrain
     if reader.meta is None:
         raise CheckpointError(f"{reader.directory} is not quantized")
     rounded = copy.deepcopy(original)
+    linears = [name for name, module in rounded.named_modules() if isinstance(module, nn.Linear)]
+    names = {stored: name for name, stored in stored_modules(original, linears).items()}
     for name in reader.quantized_module_names:
-        try:
-            weight = rounded.get_parameter(f"{name}.weight")
-        except AttributeError as error:
-            raise SourceError(
-                f"the original has no module {name}: it is another model than the checkpoint's"
-            ) from error
+        if name not in names:
+            raise SourceError(f"the original has no module {name}: it is another model than the checkpoint's")
+        weight = rounded.get_parameter(f"{names[name]}.weight")
         weight.copy_(round_plainly(weight, reader.meta.group_size, reader.meta.bits))
     return rounded
 

@@ -3,33 +3,32 @@
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
-from quant.block import BlockPlan, check_finite, round_block_plainly
+from kernels.layout import PackedWeight
+from quant.block import check_finite, round_block_plainly
+from quant.block_groups import share_inputs
 from quant.block_search import search_block
 from quant.calibration import CalibrationTokens, calibration_tokens, read_text
 from quant.capture import embed
 from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.errors import RecipeError
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
+from quant.model_plan import ModelPlan, plain_names, plan_model, shortcomings
+from quant.model_structure import stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
-from quant.recipe import Method, Recipe, choose_group_size
+from quant.recipe import Method, Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import groups_for, linear_of
+from quant.scale_groups import linear_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
-# where a causal language model keeps its decoder and its blocks, in every family of scale_groups
-DECODER = "model"
-BLOCKS = "model.layers"
 # as short as tells the models apart: `awq-serve eval` measures longer
 WINDOW_TOKENS = 512
 
@@ -40,7 +39,7 @@ class Job:
 
     recipe: Recipe
     source: SourceModel
-    plan: BlockPlan
+    plan: ModelPlan
     writer: CheckpointWriter
     meter: ProgressMeter
 
@@ -68,7 +67,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     meter.report("load", 0, 1)
     source = open_source(source_path)
     meter.report("load", 1, 1)
-    plan = plan_blocks(recipe, source)
+    plan = plan_model(recipe, source.model)
     for name, parameter in source.model.named_parameters():
         check_finite(name, parameter)
     files = source.side_files()
@@ -89,6 +88,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             blocks=numbers.blocks,
             perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
             bits_per_weight=bits_per_weight(plan.grouping),
+            notes=shortcomings(plan, source.model),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -96,48 +96,14 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     return report
 
 
-def plan_blocks(recipe: Recipe, source: SourceModel) -> BlockPlan:
-    """How the blocks of this model are quantized. Raises RecipeError naming the layer that the group size misses."""
-    groups = groups_for(source.config.model_type)
-    linears = {
-        f"{block_name}.{linear}": linear_of(block, linear)
-        for block_name, block in blocks_of(source.model).items()
-        for group in groups
-        for linear in group.linears
-    }
-    group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
-    _check_out_features(linears)
-    head_width = getattr(source.config, "head_dim", None)
-    if head_width is None:
-        head_width = source.config.hidden_size // source.config.num_attention_heads
-    return BlockPlan(groups, head_width, Grouping(recipe.bits, group_size))
-
-
-def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
-    """Raises RecipeError naming the first layer whose outputs do not fill the words of the AWQ gemm format."""
-    for name, linear in linears.items():
-        if linear.out_features % AWQ_COLUMNS_PER_WORD:
-            raise RecipeError(
-                f"{name} has {linear.out_features} outputs, and the AWQ gemm format packs "
-                f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
-            )
-
-
-def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The decoder blocks of a model in order, by full name."""
-    return {f"{BLOCKS}.{name}": block for name, block in model.get_submodule(BLOCKS).named_children()}
-
-
 def bits_per_weight(grouping: Grouping) -> float:
     """A weight's code, and its share of its group's float16 scale and zero point."""
     return grouping.bits + (16 + grouping.bits) / grouping.group_size
 
 
-def expected_bytes(model: PreTrainedModel, plan: BlockPlan) -> int:
+def expected_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
     """What the checkpoint's tensors will take on disk."""
-    num_quantized = sum(
-        linear_of(block, name).weight.numel() for block in blocks_of(model).values() for name in plan.linear_names()
-    )
+    num_quantized = sum(linear_of(model, name).weight.numel() for name in plan.linear_names())
     num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
     return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
 
@@ -148,17 +114,19 @@ def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
 
 def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
     """AWQ: block after block, each on the states that the quantized blocks before it give."""
-    inputs = embed(job.source.model.get_submodule(DECODER), tokens.ids)
+    inputs = embed(job.plan.stack, tokens.ids)
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
-    blocks = blocks_of(job.source.model)
+    blocks = job.plan.stack.blocks
     job.meter.report("quantize", 0, len(blocks))
     for index, (block_name, block) in enumerate(blocks.items()):
-        outcome = search_block(block, block_name, index, inputs, job.plan)
+        plan = job.plan.blocks[block_name]
+        plan = replace(plan, groups=share_inputs(plan.groups, block, index, inputs[0]))
+        outcome = search_block(block, block_name, index, inputs, plan)
         inputs = outcome.next_inputs
         layers += outcome.layers
         errors.append(outcome.error)
-        _write_packed(job.writer, block_name, outcome.packed)
+        _write_packed(job, block_name, outcome.packed)
         job.meter.report("quantize", index + 1, len(blocks))
     summary = CalibrationSummary(tokens.origin, tokens.digest, tokens.ids.numel())
     return SearchNumbers(summary, tuple(layers), tuple(errors))
@@ -166,28 +134,39 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
 
 def _round_blocks(job: Job) -> SearchNumbers:
     """RTN: every block rounded as it is."""
-    blocks = blocks_of(job.source.model)
+    blocks = job.plan.stack.blocks
     for index, (block_name, block) in enumerate(blocks.items()):
-        _write_packed(job.writer, block_name, round_block_plainly(block, job.plan))
+        _write_packed(job, block_name, round_block_plainly(block, job.plan.blocks[block_name]))
         job.meter.report("quantize", index + 1, len(blocks))
     return SearchNumbers()
 
 
-def _write_packed(writer: CheckpointWriter, block_name: str, packed: Mapping[str, PackedWeight]) -> None:
-    for linear, weight in packed.items():
-        writer.add_packed(f"{block_name}.{linear}", weight)
+def _write_packed(job: Job, block_name: str, packed: Mapping[str, PackedWeight]) -> None:
+    by_name = {f"{block_name}.{linear}": weight for linear, weight in packed.items()}
+    stored = stored_modules(job.source.model, by_name)
+    for name, weight in by_name.items():
+        job.writer.add_packed(stored[name], weight)
 
 
 def _write_plain_tensors(job: Job) -> None:
     """Write what is not quantized in STORAGE_DTYPE, and give the model the same values. Tied weights are one tensor."""
-    quantized = set(_quantized_modules(job.source.model, job.plan))
+    quantized = set(job.plan.linear_names())
     for name, parameter in job.source.model.named_parameters():
         if name.removesuffix(".weight") in quantized:
             continue
         stored = parameter.to(STORAGE_DTYPE)
         check_finite(f"{name} as {STORAGE_DTYPE}", stored)
-        job.writer.add_tensor(name, stored)
+        _write_plain(job, name, stored)
         parameter.copy_(stored)
+    # what a model saves beside its parameters stays as precise as it is: routers' corrections decide between experts
+    for name, tensor in job.source.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, nn.Parameter):
+            _write_plain(job, name, tensor)
+
+
+def _write_plain(job: Job, name: str, tensor: Tensor) -> None:
+    for stored_name, stored in stored_tensors(job.source.model, {name: tensor}).items():
+        job.writer.add_tensor(stored_name, stored)
 
 
 def _measure(job: Job) -> float | None:
@@ -199,15 +178,8 @@ def _measure(job: Job) -> float | None:
     return compare({"model": job.source.model}, windows, job.meter)[0].perplexity
 
 
-def _quantized_modules(model: PreTrainedModel, plan: BlockPlan) -> list[str]:
-    return [f"{block_name}.{linear}" for block_name in blocks_of(model) for linear in plan.linear_names()]
-
-
-def _checkpoint_config(source: SourceModel, plan: BlockPlan) -> dict[str, object]:
+def _checkpoint_config(source: SourceModel, plan: ModelPlan) -> dict[str, object]:
     """The source's config with what was done to it; every linear that stayed as it was is listed by its full name."""
-    quantized = set(_quantized_modules(source.model, plan))
-    kept = tuple(
-        name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in quantized
-    )
-    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, kept)
+    names = tuple(stored_modules(source.model, plain_names(plan, source.model)).values())
+    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, names)
     return {**source.checkpoint_config(STORAGE_DTYPE), "quantization_config": meta.to_config()}

@@ -49,7 +49,10 @@ class HeldOutPerplexity:
 
 @dataclass(frozen=True)
 class Report:
-    """One finished quantization. bits_per_weight counts the quantized linears; source is a path to open again."""
+    """One finished quantization. bits_per_weight counts the quantized linears; source is a path to open again.
+
+    notes: sentences about what was done less well than it could be.
+    """
 
     source: str
     recipe: Recipe
@@ -59,6 +62,7 @@ class Report:
     blocks: tuple[BlockError, ...]
     perplexity: HeldOutPerplexity | None
     bits_per_weight: float
+    notes: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
 
@@ -104,8 +108,9 @@ def summary_table(report: Report) -> Table:
 
 
 def _by_kind(layers: tuple[LayerLoss, ...]) -> dict[str, list[LayerLoss]]:
-    """The layers of all blocks by their name inside the block: model.layers.3.mlp.up_proj under mlp.up_proj."""
+    """The layers of all blocks and experts by what they are there: model.layers.3.mlp.up_proj under mlp.up_proj."""
     kinds: dict[str, list[LayerLoss]] = {}
     for layer in layers:
-        kinds.setdefault(".".join(layer.name.split(".")[-2:]), []).append(layer)
+        words = [word for word in layer.name.split(".") if not word.isdecimal()]
+        kinds.setdefault(".".join(words[-2:]), []).append(layer)
     return kinds

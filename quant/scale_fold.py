@@ -6,50 +6,52 @@ Legend: C = channels of the operation that feeds, K = in features of the linears
 import torch
 from torch import Tensor, nn
 
-from quant.scale_groups import ScaleGroup, linear_of
-from quant.scale_search import ChannelSpread
+from quant.block_groups import ScaleGroup, ScaleSource
 
 # norms are stored in this dtype, so consumers are multiplied by what the division gives after rounding to it
 STORAGE_DTYPE = torch.float16
 
 
-def spread_of(block: nn.Module, group: ScaleGroup, head_width: int) -> ChannelSpread | None:
-    """How the group's source reaches its linears; None when the shapes do not say, and the group cannot be folded."""
-    num_channels = source_weight(block, group).shape[0]
-    num_inputs = linear_of(block, group.linears[0]).in_features
-    if num_inputs == num_channels:
-        return ChannelSpread(width=num_channels, repeats=1)
-    if num_inputs % num_channels or num_channels % head_width:
-        return None
-    return ChannelSpread(width=head_width, repeats=num_inputs // num_channels)
-
-
-def source_weight(block: nn.Module, group: ScaleGroup) -> nn.Parameter:
-    """The weight of the operation that feeds the group: a norm's [C] or a linear's [C, K]."""
-    return block.get_submodule(group.source).get_parameter("weight")
-
-
-def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, spread: ChannelSpread) -> Tensor:
-    """Divide the source by scale [C] and multiply the group's linears. Returns the scale that was applied, [K].
+def fold(block: nn.Module, group: ScaleGroup, scale: Tensor) -> Tensor:
+    """Divide the group's source by scale [C] and multiply all that reads it. Returns the scale that was applied, [K].
 
     A norm's quotient is rounded to STORAGE_DTYPE first and the scale recomputed from it, so that rounding the norm
-    costs nothing. A linear's rows are divided exactly: they are quantized later.
+    costs nothing. A linear's rows are divided exactly: they are quantized later. Without a source nothing changes.
     """
-    weight = source_weight(block, group)
+    if group.source is None:
+        return torch.ones(group.spread.width * group.spread.repeats)
+    source = block.get_submodule(group.source.name)
+    is_norm = source.get_parameter("weight").dim() == 1
     with torch.no_grad():
-        if weight.dim() == 1:
-            quotient = (weight / scale).to(STORAGE_DTYPE).float()
-            # a channel whose norm weight is 0, or leaves what STORAGE_DTYPE can hold, keeps the weight it has
-            kept = (quotient == 0) | ~torch.isfinite(quotient)
-            effective = torch.where(kept, torch.ones_like(scale), weight / quotient)
-            weight.copy_(torch.where(kept, weight, quotient))
-        else:
-            effective = scale
-            weight.div_(scale[:, None])
-            bias = linear_of(block, group.source).bias
-            if bias is not None:
-                bias.div_(scale)
-        expanded = spread.expand(effective)
-        for name in group.linears:
-            linear_of(block, name).weight.mul_(expanded)
+        effective = _divide_norm(source, group.source, scale) if is_norm else _divide_rows(source, group.source, scale)
+        expanded = group.spread.expand(effective)
+        for name in (*group.linears, *group.kept):
+            block.get_submodule(name).get_parameter("weight").mul_(expanded)
     return expanded
+
+
+def _divide_norm(norm: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
+    weight, offset = norm.get_parameter("weight"), source.norm_offset
+    quotient = ((weight + offset) / scale - offset).to(STORAGE_DTYPE).float()
+    # a channel that the norm switches off, or that leaves what STORAGE_DTYPE can hold, keeps the weight it has
+    kept = (quotient + offset == 0) | ~torch.isfinite(quotient)
+    effective = torch.where(kept, torch.ones_like(scale), (weight + offset) / (quotient + offset))
+    weight.copy_(torch.where(kept, weight, quotient))
+    bias = _bias_of(norm)
+    if bias is not None:
+        bias.div_(effective)
+    return effective
+
+
+def _divide_rows(linear: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
+    runs = scale.view(-1, source.run)
+    weight, bias = linear.get_parameter("weight"), _bias_of(linear)
+    weight.view(-1, source.period, weight.shape[1])[:, -source.run :].div_(runs[..., None])
+    if bias is not None:
+        bias.view(-1, source.period)[:, -source.run :].div_(runs)
+    return scale
+
+
+def _bias_of(module: nn.Module) -> Tensor | None:
+    bias: Tensor | None = getattr(module, "bias", None)
+    return bias

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.errors import SourceError
-from quant.scale_groups import groups_for
+from quant.linear_experts import linearize_experts
 
 GGUF_MAGIC = b"GGUF"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -67,7 +67,7 @@ LOADING_ERRORS = (
 
 @dataclass(frozen=True)
 class SourceModel:
-    """model: in float32 on the CPU, in eval mode. path: the directory or .gguf file it was read from.
+    """model: in float32 on the CPU, in eval mode, experts as linears. path: the directory or .gguf file it is from.
 
     name: what reports call it, and what opens it again.
     """
@@ -120,8 +120,8 @@ class SourceModel:
 def open_source(path: Path) -> SourceModel:
     """Load an unquantized model directory or a .gguf file (see location.resolve_model) for calibration.
 
-    Raises SourceError when it is no model, is quantized already, lacks a tokenizer or tensors, or is of an
-    architecture that cannot be quantized (lists the known); CheckpointError naming the damaged file.
+    Raises SourceError when it is no model, is quantized already, or lacks a tokenizer or tensors; CheckpointError
+    naming the damaged file.
     """
     if path.is_file():
         return _open_gguf(path)
@@ -131,7 +131,6 @@ def open_source(path: Path) -> SourceModel:
             f"{path} is quantized already ({reader.meta.quant_method}, {reader.meta.bits} bits); "
             "give the original model"
         )
-    groups_for(str(reader.config.get("model_type")))
     return _load(path, path, gguf_file=None)
 
 
@@ -150,7 +149,6 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
     try:
         # parsed once and handed on: transformers would parse a GGUF file again for every question
         config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
-        groups_for(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(
             directory, gguf_file=gguf_file, trust_remote_code=False, local_files_only=True
         )
@@ -169,8 +167,10 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
     _check_loading(path, loading)
     _check_token_ids(path, model)
+    linearize_experts(model)
     # transformers' default is 1e30, which would be written into the checkpoint
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return SourceModel(model=model, tokenizer=tokenizer, config=model.config, name=str(path.absolute()), path=path)
 
 
@@ -192,7 +192,7 @@ def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
 
 def _check_token_ids(path: Path, model: PreTrainedModel) -> None:
     """Raises SourceError for a model without blocks, or a special token beyond the vocabulary."""
-    config = model.config
+    config = model.config.get_text_config()
     if config.num_hidden_layers < 1:
         raise SourceError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; there is nothing to quantize")
     for field in ("bos_token_id", "eos_token_id"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from quant.scale_groups import FAMILIES
 from server.settings import Settings
 from server.settings_flags import FLAGS
 
@@ -81,3 +82,9 @@ def test_every_setting_has_its_line_and_its_flag(helps: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_help_shows_an_example(helps: dict[str, str], name: str) -> None:
     assert f"awq-serve {name} " in helps[name].split("Usage:")[1].partition("\n")[2]
+
+
+def test_every_family_has_its_line() -> None:
+    lines = re.findall(r"^\| (`.*)", (ROOT / "docs" / "families.md").read_text(), flags=re.MULTILINE)
+    documented = [name for line in lines for name in re.findall(r"`([a-z0-9_]+)`", line.partition("|")[0])]
+    assert sorted(documented) == sorted(FAMILIES)

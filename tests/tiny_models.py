@@ -9,18 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 TINY_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MISTRAL_SLIDING_WINDOW = 24
@@ -33,20 +22,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-_SHAPE: dict[str, object] = {
+SHAPE: dict[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "bos_token_id": END_OF_TEXT_ID,
@@ -54,10 +36,10 @@ _SHAPE: dict[str, object] = {
     "pad_token_id": END_OF_TEXT_ID,
 }
 _FAMILY: dict[str, dict[str, object]] = {
-    "llama": {"tie_word_embeddings": True},
-    "mistral": {"tie_word_embeddings": False, "sliding_window": MISTRAL_SLIDING_WINDOW},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"tie_word_embeddings": False},
+    "llama": {"head_dim": 16, "tie_word_embeddings": True},
+    "mistral": {"head_dim": 16, "tie_word_embeddings": False, "sliding_window": MISTRAL_SLIDING_WINDOW},
+    "qwen2": {"head_dim": 16, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
 }
 
 
@@ -69,16 +51,15 @@ def save_tiny_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """Write a random model of a family into `directory`: config, safetensors, tokenizer, chat template.
+    """Write a random model of any type that transformers knows into `directory`: config, weights, tokenizer, template.
 
     Two layers of width 64; every parameter is random, norms and biases included, so that none can be forgotten
     without a difference. Returns the directory.
     """
-    config_class, model_class = _CLASSES[model_type]
-    config = config_class(**{**_SHAPE, **_FAMILY[model_type], **(config_overrides or {})})
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **_FAMILY.get(model_type, {}), **(config_overrides or {})})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             _randomize(name, parameter)
     model.generation_config = GenerationConfig(
@@ -91,13 +72,13 @@ def save_tiny_model(
 
 def _randomize(name: str, parameter: torch.nn.Parameter) -> None:
     with torch.no_grad():
-        if "norm" in name:
+        if "norm" in name or ".ln_" in name:
             parameter.uniform_(0.5, 1.5)
         elif parameter.dim() == 1:
             parameter.normal_(0, 0.2)
         else:
             # unit-variance outputs: logits spread over several units instead of all being nearly equal
-            parameter.normal_(0, parameter.shape[1] ** -0.5)
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
 
 
 def _save_tokenizer(directory: Path) -> None:

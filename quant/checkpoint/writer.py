@@ -44,6 +44,7 @@ class CheckpointWriter:
         self._expected_bytes = expected_bytes
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
         self._shards: list[tuple[str, ...]] = []
         self._names: set[str] = set()
         self._total_bytes = 0
@@ -78,11 +79,11 @@ class CheckpointWriter:
             raise ValueError(f"{name} was added to the checkpoint before")
         self._names.add(name)
         tensor_bytes = tensor.numel() * tensor.element_size()
-        pending_bytes = sum(pending.numel() * pending.element_size() for pending in self._pending.values())
-        if self._pending and pending_bytes + tensor_bytes > self._shard_bytes:
+        if self._pending and self._pending_bytes + tensor_bytes > self._shard_bytes:
             self._write_shard()
         # a copy, because the caller may fold scales into its tensor before the shard is written
         self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += tensor_bytes
         self._total_bytes += tensor_bytes
 
     def add_packed(self, module_name: str, weight: PackedWeight) -> None:
@@ -123,6 +124,7 @@ class CheckpointWriter:
             raise self._failure(str(error)) from error
         self._shards.append(tuple(self._pending))
         self._pending.clear()
+        self._pending_bytes = 0
 
     def _name_shards(self) -> None:
         """Give the shards their final names, which hold the number of shards, and write the index."""

@@ -14,15 +14,15 @@ import quant.block_search
 from kernels.layout import PackedWeight, unpack
 from kernels.reference import dequantize
 from quant.block import BlockPlan, FoldedGroup, fold_scales, round_block_plainly
+from quant.block_groups import groups_of
 from quant.block_search import BlockOutcome, search_block
 from quant.capture import BlockInput, InputStatistics, embed, run_block
-from quant.pipeline import blocks_of
+from quant.model_structure import find_blocks
 from quant.rounding import GroupRange, full_range
-from quant.scale_groups import groups_for, linear_of
+from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import Grouping
 from tests.tiny_models import save_tiny_model
 
-PLAN = BlockPlan(groups_for("llama"), head_width=16, grouping=Grouping(bits=4, group_size=32))
 NAME = "model.layers.0"
 
 
@@ -31,13 +31,14 @@ class Subject:
     """The first block of a tiny model, its inputs, and how it was before anything was done to it."""
 
     block: nn.Module
+    plan: BlockPlan
     inputs: list[BlockInput]
     original_output: Tensor
     plain: Mapping[str, PackedWeight]
 
     def search(self) -> BlockOutcome:
         with torch.no_grad():
-            return search_block(self.block, NAME, 0, self.inputs, PLAN)
+            return search_block(self.block, NAME, 0, self.inputs, self.plan)
 
 
 @pytest.fixture
@@ -46,10 +47,12 @@ def subject(tmp_path: Path) -> Subject:
     tokens = torch.arange(4 * 32).view(4, 32) * 7 % 256
     with torch.no_grad():
         model, rounded = (AutoModelForCausalLM.from_pretrained(directory).eval() for _ in range(2))
-        plain = round_block_plainly(blocks_of(rounded)[NAME], PLAN)
-        inputs = embed(model.model, tokens)
-        block = blocks_of(model)[NAME]
-        return Subject(block, inputs, run_block(block, 0, inputs[0]).hidden, plain)
+        block = find_blocks(model).blocks[NAME]
+        groups = groups_of(block, rows_of("llama"), model.config)
+        plan = BlockPlan(groups, Grouping(bits=4, group_size=32))
+        plain = round_block_plainly(find_blocks(rounded).blocks[NAME], plan)
+        inputs = embed(find_blocks(model), tokens)
+        return Subject(block, plan, inputs, run_block(block, 0, inputs[0]).hidden, plain)
 
 
 def is_plain(subject: Subject, outcome: BlockOutcome) -> bool:

@@ -54,6 +54,13 @@ def test_json_progress_is_one_event_a_line_and_ends_with_the_report(model: Path,
     CheckpointReader.open(tmp_path / "out")
 
 
+def test_people_are_told_of_an_architecture_without_a_row(tmp_path: Path) -> None:
+    source = save_tiny_model("stablelm", tmp_path / "model")
+    result = invoke("quantize", str(source), str(tmp_path / "out"), *SMALL, "--no-eval")
+    assert result.exit_code == 0, result.output
+    assert "stablelm has no row in the table of architectures" in result.stdout
+
+
 def test_people_get_the_tables_on_stdout(model: Path, tmp_path: Path) -> None:
     result = invoke("quantize", str(model), str(tmp_path / "out"), *SMALL, "--no-eval")
     assert result.exit_code == 0, result.output

@@ -5,55 +5,49 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from quant.pipeline import blocks_of
-from quant.scale_fold import fold, source_weight, spread_of
-from quant.scale_groups import groups_for, linear_of
+from quant.block_groups import ScaleGroup, ScaleSource, groups_of
+from quant.model_structure import find_blocks
+from quant.scale_fold import fold
+from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import ChannelSpread
-from tests.tiny_models import TINY_MODEL_TYPES, save_tiny_model
+from tests.quant.tiny_families import TOKENS, VARIANTS, Variant, open_tiny
 
-HEAD_WIDTH = 16
-TOKENS = torch.arange(40).view(2, 20) * 5 % 256
+GATE_UP = ScaleGroup(
+    ScaleSource("norm", run=8, period=8, norm_offset=0), ("gate_proj", "up_proj"), (), ChannelSpread(width=8, repeats=1)
+)
 
 
 def random_scale(num_channels: int) -> torch.Tensor:
     return torch.empty(num_channels).uniform_(0.2, 5, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("model_type", TINY_MODEL_TYPES)
-def test_a_model_with_every_group_folded_gives_the_same_logits(model_type: str, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(model_type, tmp_path / "model")).eval()
+def norm_and_linears() -> nn.ModuleDict:
+    return nn.ModuleDict({"norm": nn.RMSNorm(8), "gate_proj": nn.Linear(8, 4), "up_proj": nn.Linear(8, 4)})
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_model_with_every_group_folded_gives_the_same_logits(variant: Variant, tmp_path: Path) -> None:
+    model = open_tiny(variant, tmp_path / "model")
+    num_folded = 0
     with torch.no_grad():
         expected = model(TOKENS).logits
-        for block in blocks_of(model).values():
-            for group in groups_for(model_type):
-                spread = spread_of(block, group, HEAD_WIDTH)
-                assert spread is not None
-                fold(block, group, random_scale(source_weight(block, group).shape[0]), spread)
+        for block in find_blocks(model).blocks.values():
+            for group in reversed(groups_of(block, rows_of(variant.model_type), model.config)):
+                before = linear_of(block, group.linears[0]).weight.clone()
+                fold(block, group, random_scale(before.shape[1] // group.spread.repeats))
+                assert torch.equal(linear_of(block, group.linears[0]).weight, before) == (group.source is None)
+                num_folded += group.source is not None
         folded = model(TOKENS).logits
+    assert num_folded > 0
     torch.testing.assert_close(folded, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_value_heads_that_several_query_heads_read_are_scaled_together(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path / "model"))
-    block = blocks_of(model)["model.layers.0"]
-    group = groups_for("llama")[1]
-    assert group.source == "self_attn.v_proj"
-    assert spread_of(block, group, HEAD_WIDTH) == ChannelSpread(width=HEAD_WIDTH, repeats=2)
-
-
 def test_rounding_the_norm_costs_nothing_because_linears_get_the_scale_that_it_left() -> None:
-    group = groups_for("llama")[2]
-    block = nn.ModuleDict(
-        {
-            "post_attention_layernorm": nn.RMSNorm(8),
-            "mlp": nn.ModuleDict({"gate_proj": nn.Linear(8, 4), "up_proj": nn.Linear(8, 4)}),
-        }
-    )
-    norm, gate = block.get_submodule("post_attention_layernorm"), linear_of(block, "mlp.gate_proj")
+    block = norm_and_linears()
+    norm, gate = block.get_submodule("norm"), linear_of(block, "gate_proj")
     before = gate.weight.detach() * norm.get_parameter("weight").detach()
-    applied = fold(block, group, random_scale(8), ChannelSpread(width=8, repeats=1))
+    applied = fold(block, GATE_UP, random_scale(8))
     stored = norm.get_parameter("weight").detach()
     assert torch.equal(stored, stored.half().float())
     torch.testing.assert_close(gate.weight.detach() * stored, before, rtol=1e-6, atol=0)
@@ -61,38 +55,21 @@ def test_rounding_the_norm_costs_nothing_because_linears_get_the_scale_that_it_l
 
 
 def test_a_channel_that_the_norm_switches_off_is_left_alone() -> None:
-    group = groups_for("llama")[2]
-    block = nn.ModuleDict(
-        {
-            "post_attention_layernorm": nn.RMSNorm(8),
-            "mlp": nn.ModuleDict({"gate_proj": nn.Linear(8, 4), "up_proj": nn.Linear(8, 4)}),
-        }
-    )
+    block = norm_and_linears()
     with torch.no_grad():
-        block.get_submodule("post_attention_layernorm").get_parameter("weight")[3] = 0
-    applied = fold(block, group, random_scale(8), ChannelSpread(width=8, repeats=1))
+        block.get_submodule("norm").get_parameter("weight")[3] = 0
+    applied = fold(block, GATE_UP, random_scale(8))
     assert float(applied[3]) == 1
-    assert bool(torch.isfinite(linear_of(block, "mlp.up_proj").weight).all())
+    assert bool(torch.isfinite(linear_of(block, "up_proj").weight).all())
 
 
 def test_a_channel_that_float16_could_not_hold_is_left_alone() -> None:
-    group = groups_for("llama")[2]
-    block = nn.ModuleDict(
-        {
-            "post_attention_layernorm": nn.RMSNorm(8),
-            "mlp": nn.ModuleDict({"gate_proj": nn.Linear(8, 4), "up_proj": nn.Linear(8, 4)}),
-        }
-    )
-    norm = block.get_submodule("post_attention_layernorm").get_parameter("weight").detach()
+    block = norm_and_linears()
+    norm = block.get_submodule("norm").get_parameter("weight").detach()
     norm[5] = 300
     scale = random_scale(8)
     scale[5] = 1e-3
-    applied = fold(block, group, scale, ChannelSpread(width=8, repeats=1))
+    applied = fold(block, GATE_UP, scale)
     assert float(applied[5]) == 1
     assert float(norm[5]) == 300
-    assert bool(torch.isfinite(linear_of(block, "mlp.up_proj").weight).all())
-
-
-def test_shapes_that_do_not_say_how_heads_repeat_are_not_folded() -> None:
-    block = nn.ModuleDict({"self_attn": nn.ModuleDict({"v_proj": nn.Linear(48, 24), "o_proj": nn.Linear(80, 48)})})
-    assert spread_of(block, groups_for("llama")[1], head_width=16) is None
+    assert bool(torch.isfinite(linear_of(block, "up_proj").weight).all())

@@ -78,7 +78,7 @@ def test_the_checkpoint_is_complete(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "awq").chat_template
     assert (tmp_path / "awq" / "generation_config.json").exists()
     assert json.loads((tmp_path / "awq" / REPORT_FILE).read_text()) == json.loads(json.dumps(report.to_json()))
-    assert report.perplexity is not None
+    assert report.held_out is not None
     assert report.calibration is not None
     assert report.calibration.num_tokens == 6 * 48
 

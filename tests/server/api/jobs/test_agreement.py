@@ -5,8 +5,9 @@ from pathlib import Path
 import typer
 
 from kernels.layout import SUPPORTED_BITS
+from quant.calibration_mix import SELF_CALIBRATION
 from quant.cli import app
-from quant.recipe import GROUP_SIZES, SELF_CALIBRATION, Method
+from quant.recipe import GROUP_SIZES, Method
 from server.api.jobs.schema import CHOICES, QuantizeBody
 from server.jobs.record import JobRecipe
 from server.jobs.supervisor import quantizer_arguments

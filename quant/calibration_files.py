@@ -121,7 +121,7 @@ def _take(rows: Iterable[Row], column: Column | None, separator: str) -> Content
             num_characters += sum(len(message["content"]) for message in conversations[-1])
         if num_characters >= MAX_TEXT_CHARACTERS:
             break
-    return separator.join(texts)[:MAX_TEXT_CHARACTERS] if column is Column.TEXT else tuple(conversations)
+    return tuple(conversations) if column is Column.MESSAGES else separator.join(texts)[:MAX_TEXT_CHARACTERS]
 
 
 def _first_column(row: Row) -> Column:

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -125,14 +125,25 @@ def open_source(path: Path) -> SourceModel:
     """
     if path.is_file():
         return _open_gguf(path)
+    check_directory(path)
+    return _load(path, path, gguf_file=None)
+
+
+def check_directory(path: Path) -> None:
+    """What can be said of a model directory before its weights are read; raises what open_source does."""
     reader = CheckpointReader.open(path)
     if reader.meta is not None:
         raise SourceError(
             f"{path} is quantized already ({reader.meta.quant_method}, {reader.meta.bits} bits); "
             "give the original model"
         )
-    groups_for(str(reader.config.get("model_type")))
-    return _load(path, path, gguf_file=None)
+    model_type = str(reader.config.get("model_type"))
+    if "auto_map" in reader.config and model_type not in CONFIG_MAPPING:
+        raise SourceError(
+            f"{path} needs code of its own for the architecture {model_type} (auto_map in {CONFIG_FILE}), and code "
+            "that comes with a model is never run; only architectures that transformers has can be quantized"
+        )
+    groups_for(model_type)
 
 
 def _open_gguf(file: Path) -> SourceModel:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
@@ -126,6 +126,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _stop)
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    # its table of missing tensors, beside the sentence that names them
+    set_verbosity_error()  # type: ignore[no-untyped-call]
     app(prog_name=PROGRAM)
 
 

@@ -69,8 +69,6 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     source = open_source(source_path)
     meter.report("load", 1, 1)
     plan = plan_blocks(recipe, source)
-    for name, parameter in source.model.named_parameters():
-        check_finite(name, parameter)
     files = source.side_files()
     num_bytes = expected_bytes(source.model, plan) + sum(map(len, files.values()))
     with CheckpointWriter(out, expected_bytes=num_bytes) as writer:

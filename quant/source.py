@@ -176,9 +176,13 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
-        raise SourceError(f"{path} cannot be loaded as a language model: {error}") from error
+        # transformers advises an option there that is not given here
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs code of its own (auto_map), and code that comes with a model is never run"
+        raise SourceError(f"{path} cannot be loaded as a language model: {reason if needs_code else error}") from error
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
     _check_loading(path, loading)
+    _check_finite(path, model)
     _check_token_ids(path, model)
     # transformers' default is 1e30, which would be written into the checkpoint
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
@@ -189,7 +193,11 @@ def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
     """Raises SourceError naming tensors that are missing, of another shape, or in the file and not in the model."""
     missing = [*map(str, loading["missing_keys"])]
     # each is (name, shape in the file, shape that the config asks for)
-    missing += [f"{key[0]} (as {key[2]}, not {key[1]})" for key in loading["mismatched_keys"] if isinstance(key, tuple)]
+    missing += [
+        f"{key[0]} (as {tuple(key[2])}, not {tuple(key[1])})"
+        for key in loading["mismatched_keys"]
+        if isinstance(key, tuple)
+    ]
     if missing:
         names = ", ".join(sorted(missing)[:5])
         raise SourceError(f"{path} lacks tensors its config asks for: {names} ({len(missing)} in all)")
@@ -199,6 +207,16 @@ def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
             f"{path} holds tensors that its config has no place for: {', '.join(unused[:5])} ({len(unused)} in all); "
             "config.json belongs to another model, or a field of it is wrong"
         )
+
+
+def _check_finite(path: Path, model: PreTrainedModel) -> None:
+    """Raises SourceError naming the first tensor that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            num_bad = int((~torch.isfinite(parameter)).sum())
+            raise SourceError(
+                f"{path}: {name} has {num_bad} values that are not finite, so the model is damaged; fetch it again"
+            )
 
 
 def _check_token_ids(path: Path, model: PreTrainedModel) -> None:

@@ -27,6 +27,10 @@ from quant.report import CalibrationOrigin
 from quant.self_text import write_text
 from quant.source import SourceModel
 
+# what is tokenized of a long text, spread over it: several times what any language needs, because a tokenizer takes
+# seconds and hundreds of megabytes for each ten million characters
+CHARACTERS_A_TOKEN = 16
+
 
 @dataclass(frozen=True)
 class CalibrationTokens:
@@ -66,7 +70,7 @@ def calibration_tokens(
         if text.content is None:
             rows.append(write_text(source.model, source.tokenizer, shape, recipe.seed, on_step))
         else:
-            rows.append(_cut_rows(_tokenize(source.tokenizer, text), text.origin, shape))
+            rows.append(_cut_rows(_tokenize(source.tokenizer, text.content, text.origin, shape), text.origin, shape))
     remaining = [iter(ids) for ids in rows]
     order = interleaved([text.origin.num_rows for text in texts])
     ids = torch.stack([next(remaining[index]) for index in order])
@@ -99,20 +103,47 @@ def _read_source(source: Share, num_rows: int) -> CalibrationText:
     return CalibrationText(origin, read_content(file))
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: CalibrationText) -> Tensor:
-    """The whole text as one row of ids, int64 [tokens]; conversations in the model's chat template."""
-    if isinstance(text.content, str):
-        ids = tokenizer(text.content, verbose=False)["input_ids"]
-    else:
-        if not tokenizer.chat_template:
-            raise SourceError(
-                f"{text.origin.name} holds conversations, and this model has no chat template to write them in; "
-                "calibrate on text"
-            )
-        conversations = [_render(tokenizer, conversation, text.origin.name) for conversation in text.content or ()]
-        # the template has the special tokens
-        ids = tokenizer("".join(conversations), add_special_tokens=False, verbose=False)["input_ids"]
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, content: Content, origin: CalibrationOrigin, shape: tuple[int, int]
+) -> Tensor:
+    """Ids, int64 [tokens], of enough of the text for the shape, evenly from all of it."""
+    num_needed = shape[0] * shape[1]
+    thinned = _thin(content, shape[0], num_needed * CHARACTERS_A_TOKEN)
+    ids = _ids_of(tokenizer, thinned, origin)
+    if len(ids) < num_needed and thinned is not content:
+        ids = _ids_of(tokenizer, content, origin)
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _thin(content: Content, num_pieces: int, num_characters: int) -> Content:
+    """About so many characters of the content, in pieces that are spread evenly over it."""
+    if not isinstance(content, str):
+        total = sum(len(message["content"]) for conversation in content for message in conversation)
+        step = total // num_characters
+        return content[::step] if step > 1 else content
+    if len(content) <= num_characters:
+        return content
+    width, stride = num_characters // num_pieces, len(content) // num_pieces
+    return "".join(content[start : start + width] for start in range(0, stride * num_pieces, stride))
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, content: Content, origin: CalibrationOrigin) -> list[int]:
+    """The ids of text as the tokenizer begins one; of conversations as the model's chat template writes them."""
+    text = content if isinstance(content, str) else _render_all(tokenizer, content, origin)
+    # a template has the special tokens
+    ids: list[int] = tokenizer(text, add_special_tokens=text is content, verbose=False)["input_ids"]
+    return ids
+
+
+def _render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: tuple[Conversation, ...], origin: CalibrationOrigin
+) -> str:
+    if not tokenizer.chat_template:
+        raise SourceError(
+            f"{origin.name} holds conversations, and this model has no chat template to write them in; "
+            "calibrate on text"
+        )
+    return "".join(_render(tokenizer, conversation, origin.name) for conversation in conversations)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, origin: str) -> str:

@@ -1,9 +1,11 @@
 """Calibration text: rows of the size asked for, from one source or several, and bad text refused by name."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,23 @@ def test_rows_are_spread_over_the_whole_text(source: SourceModel, tmp_path: Path
     text.write_text("a" * 500 + "b" * 500)
     rows = tokens_of(recipe_for(text), source).ids
     assert len({tuple(row) for row in rows.tolist()}) > 1
+
+
+def test_of_a_long_text_each_row_has_its_own_part(source: SourceModel, tmp_path: Path) -> None:
+    # given a text far longer than what the rows need
+    text = tmp_path / "text.txt"
+    text.write_text("".join(letter * 3000 for letter in "abcde"))
+    rows = tokens_of(recipe_for(text), source).ids
+    assert [source.tokenizer.decode(row) for row in rows] == [letter * 10 for letter in "abcde"]
+
+
+def test_a_long_text_of_few_tokens_is_tokenized_as_a_whole(source: SourceModel, tmp_path: Path) -> None:
+    # given a token that takes 17 characters, more than is reckoned with
+    source = replace(source, tokenizer=copy.deepcopy(source.tokenizer))
+    source.tokenizer.add_tokens(["<" + "x" * 15 + ">"])
+    text = tmp_path / "text.txt"
+    text.write_text(("<" + "x" * 15 + ">") * 50)
+    assert tokens_of(recipe_for(text), source).ids.shape == (5, 10)
 
 
 def test_the_same_text_has_the_same_digest(source: SourceModel, tmp_path: Path) -> None:
@@ -180,6 +199,15 @@ def test_conversations_go_through_the_chat_template(source: SourceModel, tmp_pat
     assert source.tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>user\nHo<|im_end|>\n"
     # the markers are the special tokens, not their letters
     assert ids[0] == IM_START_ID
+
+
+def test_of_many_conversations_some_are_taken_from_all(source: SourceModel, tmp_path: Path) -> None:
+    # given conversations far longer together than what the rows need
+    file = conversations(tmp_path / "chat.jsonl", *(letter * 100 for letter in "abcdefghij"))
+    row = tokens_of(Recipe(calibration=str(file), num_samples=1, sample_tokens=20), source).ids[0]
+    assert source.tokenizer.decode(row).startswith("<|im_start|>user\na")
+    last = tokens_of(Recipe(calibration=str(file), num_samples=4, sample_tokens=5), source).ids[-1]
+    assert set(source.tokenizer.decode(last)) & set("ghij")
 
 
 def test_conversations_for_a_model_without_a_template_are_refused(tmp_path: Path) -> None:

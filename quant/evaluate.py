@@ -20,6 +20,7 @@ from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, QuantizationError, RecipeError, SourceError
+from quant.overflow import first_not_finite
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.report import REPORT_FILE
 from quant.rounding import round_plainly
@@ -170,7 +171,9 @@ def predict(name: str, model: PreTrainedModel, window: Tensor) -> Tensor:
     """
     logits: Tensor = model(window[None], use_cache=False).logits[0, :-1].float()
     if not bool(torch.isfinite(logits).all()):
-        raise QuantizationError(f"the {name} gives logits that are not finite; it cannot be measured")
+        raise QuantizationError(
+            f"the {name} cannot be measured: the output of {first_not_finite(model, window[None])} is not finite"
+        )
     return logits
 
 

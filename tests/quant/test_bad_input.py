@@ -83,22 +83,25 @@ def test_a_damaged_model_is_refused_by_the_tensors_name(
     check_refused(run(model), model, REFUSED, sentence)
 
 
-def test_activations_that_overflow_are_a_failure_by_the_linears_name(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("calibration", "options", "sentence"),
+    [
+        ("text.txt", ("--no-eval",), "the input of model.layers.1.mlp.down_proj has"),
+        ("text.txt", (), "the original cannot be measured: the output of model.layers.1.mlp.up_proj is not finite"),
+        ("self", (), "the model cannot write its own text: the output of model.layers.1.mlp.up_proj is not finite"),
+    ],
+)
+def test_activations_that_overflow_are_a_failure_by_the_linears_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch, calibration: str, options: tuple[str, ...], sentence: str
+) -> None:
     # given weights that are finite one by one, and infinite in their product
-    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e38)
+    change_tensors(model, lambda tensors: tensors[UP].fill_(3e38))
+    write_text(model, "The river rises in the hills. " * 20)
+    monkeypatch.chdir(model.parent)
 
-    change_tensors(model, blow_up)
-    text = write_text(model, "The river rises in the hills. " * 20)
+    result = run(model, "--calib", calibration, *options)
 
-    result = run(model, "--calib", text, "--no-eval")
-
-    check_refused(result, model, FAILED, "the input of model.layers.1.mlp.down_proj has")
-
-
-def test_a_model_that_overflows_cannot_write_its_own_text(model: Path) -> None:
-    change_tensors(model, lambda tensors: tensors["model.norm.weight"].fill_(3e38))
-    check_refused(run(model), model, FAILED, "gives logits that are not finite, so it cannot write its own text")
+    check_refused(result, model, FAILED, sentence)
 
 
 def test_a_quantized_model_is_no_source(model: Path) -> None:

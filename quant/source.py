@@ -67,15 +67,11 @@ LOADING_ERRORS = (
 
 @dataclass(frozen=True)
 class SourceModel:
-    """model: in float32 on the CPU, in eval mode. path: the directory or .gguf file it was read from.
-
-    name: what reports call it, and what opens it again.
-    """
+    """model: in float32 on the CPU, in eval mode. path: the directory or .gguf file it was read from."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
-    name: str
     path: Path
 
     def side_files(self) -> dict[str, bytes]:
@@ -120,8 +116,9 @@ class SourceModel:
 def open_source(path: Path) -> SourceModel:
     """Load an unquantized model directory or a .gguf file (see location.resolve_model) for calibration.
 
-    Raises SourceError when it is no model, is quantized already, lacks a tokenizer or tensors, or is of an
-    architecture that cannot be quantized (lists the known); CheckpointError naming the damaged file.
+    Raises SourceError when it is no model, is quantized already, lacks a tokenizer or tensors, has values that are not
+    finite, or is of an architecture that cannot be quantized (lists the known) or has code of its own; CheckpointError
+    naming the damaged file.
     """
     if path.is_file():
         return _open_gguf(path)
@@ -186,7 +183,7 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
     _check_token_ids(path, model)
     # transformers' default is 1e30, which would be written into the checkpoint
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    return SourceModel(model=model, tokenizer=tokenizer, config=model.config, name=str(path.absolute()), path=path)
+    return SourceModel(model=model, tokenizer=tokenizer, config=model.config, path=path)
 
 
 def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:

@@ -11,14 +11,15 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
 from quant.errors import QuantError, RecipeError
 from quant.evaluate import EvalOptions, evaluate_checkpoint, render
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
-from quant.recipe import GROUP_SIZES, SELF_CALIBRATION, Method, Recipe
+from quant.recipe import GROUP_SIZES, Method, Recipe
 from quant.report import layer_table, summary_table
 
 PROGRAM = "awq-serve"
@@ -52,14 +53,21 @@ def quantize_command(
     ] = AUTO,
     method: Annotated[Method, typer.Option(help="awq searches scales and ranges; rtn rounds plainly")] = Recipe.method,
     calib: Annotated[
-        str, typer.Option(help="calibration text: self (the model writes it), a text file, or a hub data set")
+        str,
+        typer.Option(
+            help="calibration text: self (the model writes it), wikitext, c4, pileval, ultrachat, a file, a hub data "
+            "set, or a mix like wikitext:0.5,self:0.5"
+        ),
     ] = SELF_CALIBRATION,
     calib_samples: Annotated[int, typer.Option(help="calibration rows")] = Recipe.num_samples,
     calib_seqlen: Annotated[int, typer.Option(help="tokens per calibration row")] = Recipe.sample_tokens,
     seed: Annotated[int, typer.Option(help="seed of the text that the model writes")] = Recipe.seed,
     progress_format: Annotated[ProgressFormat, typer.Option(help="how progress is told")] = ProgressFormat.RICH,
+    max_kl: Annotated[
+        float | None, typer.Option(help="refuse a result whose mean KL to the original, in nats, is higher")
+    ] = None,
     *,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="measure no perplexity on held-out text")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="measure nothing on held-out text")] = False,
 ) -> None:
     """Quantize the model SRC into the new directory OUT.
 
@@ -68,6 +76,8 @@ def quantize_command(
         awq-serve quantize ./SmolLM2-135M-Instruct ./smollm2-awq
 
         awq-serve quantize model.gguf out --group-size 32 --calib my-text.txt
+
+        awq-serve quantize ./model ./model-awq --calib wikitext:0.5,self:0.5 --max-kl 0.2
 
         awq-serve quantize ./model ./model-rtn --method rtn --no-eval
     """
@@ -81,6 +91,7 @@ def quantize_command(
             sample_tokens=calib_seqlen,
             num_windows=0 if no_eval else Recipe.num_windows,
             seed=seed,
+            max_kl=max_kl,
         )
         _run(recipe, resolve_model(source), output, progress_format)
 
@@ -115,6 +126,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _stop)
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    # its table of missing tensors, beside the sentence that names them
+    set_verbosity_error()  # type: ignore[no-untyped-call]
     app(prog_name=PROGRAM)
 
 

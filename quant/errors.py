@@ -3,7 +3,8 @@
 QuantError
 ├── RecipeError        an option is out of range, or does not fit the model (a group size that does not divide)
 ├── SourceError        the source is no model this quantizer can read
-├── OutputError        the output cannot be written: it exists, or the disk is full
+├── OutputError        the output cannot be written: it exists, or the disk has no room for it
+│   └── WriteError     writing failed on the way, as on a disk that others filled meanwhile
 ├── CheckpointError    a file of a checkpoint is missing, truncated, inconsistent or of an unknown format
 └── QuantizationError  the computation gave a result that must not be written (not finite, fold not exact)
 """
@@ -25,6 +26,10 @@ class SourceError(QuantError):
 
 class OutputError(QuantError):
     pass
+
+
+class WriteError(OutputError):
+    exit_code = 1
 
 
 class CheckpointError(QuantError):

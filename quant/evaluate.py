@@ -21,6 +21,7 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, QuantizationError, RecipeError, SourceError
 from quant.model_structure import stored_modules
+from quant.overflow import first_not_finite
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.report import REPORT_FILE
 from quant.rounding import round_plainly
@@ -72,13 +73,43 @@ class EvalTable:
 
 
 @dataclass
-class _Sums:
-    """Running sums over the windows measured so far."""
+class QualitySums:
+    """Running sums over the windows measured so far, of one model beside the original."""
 
     window_nll: float = 0.0
     kl: float = 0.0
     num_agreeing: int = 0
     num_tokens: int = 0
+    num_windows: int = 0
+
+    def add(self, logits: Tensor, original: Tensor, targets: Tensor) -> None:
+        """A window's mean negative log likelihood, and sum over its tokens of KL(original || model), in nats.
+
+        logits, original: float32 [T - 1, vocab] of this model and of the original; targets int64 [T - 1].
+        """
+        nll = 0.0
+        for start in range(0, len(targets), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            log_q, log_p = logits[rows].log_softmax(-1), original[rows].log_softmax(-1)
+            nll -= float(log_q.gather(1, targets[rows, None]).double().sum())
+            self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+            self.num_agreeing += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        self.window_nll += nll / len(targets)
+        self.num_tokens += len(targets)
+        self.num_windows += 1
+
+    @property
+    def perplexity(self) -> float:
+        # beyond this the number says nothing, and exp overflows
+        return math.exp(min(self.window_nll / self.num_windows, MAX_MEAN_NLL))
+
+    @property
+    def mean_kl(self) -> float:
+        return self.kl / self.num_tokens
+
+    @property
+    def top1_agreement(self) -> float:
+        return self.num_agreeing / self.num_tokens
 
 
 @torch.inference_mode()
@@ -114,25 +145,37 @@ def evaluate_checkpoint(options: EvalOptions, listener: ProgressListener = ignor
 
 def compare(models: Mapping[str, PreTrainedModel], windows: Tensor, meter: ProgressMeter) -> tuple[Quality, ...]:
     """Each model on token windows int64 [W, T], in lockstep; the first one is what the others are compared with."""
-    sums = {name: _Sums() for name in models}
+    sums = {name: QualitySums() for name in models}
     meter.report("evaluate", 0, len(windows))
     for index, window in enumerate(windows):
-        logits = {name: _predict(name, model, window) for name, model in models.items()}
+        logits = {name: predict(name, model, window) for name, model in models.items()}
         original = next(iter(logits.values()))
         for name, model_logits in logits.items():
-            _add_window(sums[name], model_logits, original, window[1:])
+            sums[name].add(model_logits, original, window[1:])
         meter.report("evaluate", index + 1, len(windows))
     first = next(iter(models))
     return tuple(
         Quality(
             name=name,
-            # beyond this the number says nothing, and exp overflows
-            perplexity=math.exp(min(total.window_nll / len(windows), MAX_MEAN_NLL)),
-            mean_kl=None if name == first else total.kl / total.num_tokens,
-            top1_agreement=None if name == first else total.num_agreeing / total.num_tokens,
+            perplexity=total.perplexity,
+            mean_kl=None if name == first else total.mean_kl,
+            top1_agreement=None if name == first else total.top1_agreement,
         )
         for name, total in sums.items()
     )
+
+
+def predict(name: str, model: PreTrainedModel, window: Tensor) -> Tensor:
+    """float32 [T - 1, vocab]: what the model expects after each token of int64 [T] but the last.
+
+    Raises QuantizationError when a logit is not finite.
+    """
+    logits: Tensor = model(window[None], use_cache=False).logits[0, :-1].float()
+    if not bool(torch.isfinite(logits).all()):
+        raise QuantizationError(
+            f"the {name} cannot be measured: the output of {first_not_finite(model, window[None])} is not finite"
+        )
+    return logits
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, options: EvalOptions) -> Tensor:
@@ -162,27 +205,6 @@ def render(table: EvalTable) -> Table:
         agreement = "" if row.top1_agreement is None else f"{100 * row.top1_agreement:.2f} %"
         rendered.add_row(row.name, f"{row.perplexity:.3f}", kl, agreement)
     return rendered
-
-
-def _predict(name: str, model: PreTrainedModel, window: Tensor) -> Tensor:
-    """float32 [T - 1, vocab]: what the model expects after each token but the last."""
-    logits: Tensor = model(window[None], use_cache=False).logits[0, :-1].float()
-    if not bool(torch.isfinite(logits).all()):
-        raise QuantizationError(f"the {name} gives logits that are not finite; it cannot be measured")
-    return logits
-
-
-def _add_window(total: _Sums, logits: Tensor, original: Tensor, targets: Tensor) -> None:
-    """The window's mean negative log likelihood, and sum over its tokens of KL(original || model)."""
-    nll = 0.0
-    for start in range(0, len(targets), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        log_q, log_p = logits[rows].log_softmax(-1), original[rows].log_softmax(-1)
-        nll -= float(log_q.gather(1, targets[rows, None]).double().sum())
-        total.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-        total.num_agreeing += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-    total.window_nll += nll / len(targets)
-    total.num_tokens += len(targets)
 
 
 def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrainedModel:

@@ -14,23 +14,22 @@ from kernels.layout import PackedWeight
 from quant.block import check_finite, round_block_plainly
 from quant.block_groups import share_inputs
 from quant.block_search import search_block
-from quant.calibration import CalibrationTokens, calibration_tokens, read_text
+from quant.calibration import CalibrationTokens, calibration_tokens, read_texts
 from quant.capture import embed
+from quant.checkpoint.location import recorded_name
 from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
+from quant.held_out import check_quality, measure_held_out, predict_held_out
+from quant.model_card import CARD_FILE, model_card, read_licence
 from quant.model_plan import ModelPlan, plain_names, plan_model, shortcomings
 from quant.model_structure import stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe
-from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
+from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import linear_of
 from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
-
-# as short as tells the models apart: `awq-serve eval` measures longer
-WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -62,37 +61,36 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     """
     start_s = time.monotonic()
     check_place(out)
-    text = read_text(recipe) if recipe.method is Method.AWQ else None
+    texts = read_texts(recipe) if recipe.method is Method.AWQ else ()
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
     source = open_source(source_path)
     meter.report("load", 1, 1)
     plan = plan_model(recipe, source.model)
-    for name, parameter in source.model.named_parameters():
-        check_finite(name, parameter)
     files = source.side_files()
     num_bytes = expected_bytes(source.model, plan) + sum(map(len, files.values()))
     with CheckpointWriter(out, expected_bytes=num_bytes) as writer:
         job = Job(recipe, source, plan, writer, meter)
-        tokens = calibration_tokens(recipe, source, text, _steps_of(meter)) if recipe.method is Method.AWQ else None
-        original = _measure(job)
+        tokens = calibration_tokens(recipe, source, texts, _steps_of(meter)) if recipe.method is Method.AWQ else None
+        measure = _measuring(job)
         numbers = _round_blocks(job) if tokens is None else _search_blocks(job, tokens)
         _write_plain_tensors(job)
-        quantized = _measure(job)
         report = Report(
-            source=str(source_path.absolute()),
+            source=recorded_name(source_path),
             recipe=recipe,
             group_size=plan.grouping.group_size,
             calibration=numbers.calibration,
             layers=numbers.layers,
             blocks=numbers.blocks,
-            perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
+            held_out=measure(),
             bits_per_weight=bits_per_weight(plan.grouping),
             notes=shortcomings(plan, source.model),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        writer.commit(_checkpoint_config(source, plan), files={**files, REPORT_FILE: report.to_bytes()})
+        card = model_card(report, out.name, read_licence(source_path))
+        made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card}
+        writer.commit(_checkpoint_config(source, plan), files={**files, **made})
     return report
 
 
@@ -128,7 +126,7 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
         errors.append(outcome.error)
         _write_packed(job, block_name, outcome.packed)
         job.meter.report("quantize", index + 1, len(blocks))
-    summary = CalibrationSummary(tokens.origin, tokens.digest, tokens.ids.numel())
+    summary = CalibrationSummary(tokens.origins, tokens.digest, tokens.ids.numel())
     return SearchNumbers(summary, tuple(layers), tuple(errors))
 
 
@@ -169,13 +167,21 @@ def _write_plain(job: Job, name: str, tensor: Tensor) -> None:
         job.writer.add_tensor(stored_name, stored)
 
 
-def _measure(job: Job) -> float | None:
-    """Perplexity of the model as it is now on text that no calibration has seen; None where nothing was asked."""
+def _measuring(job: Job) -> Callable[[], HeldOutQuality | None]:
+    """Keeps what the original expects; to be called when the model is quantized. It gives None where nothing is asked.
+
+    The call raises QuantizationError when the result is worse than the recipe allows.
+    """
     if job.recipe.num_windows == 0:
-        return None
-    options = EvalOptions(job.writer.directory, num_windows=job.recipe.num_windows, window_tokens=WINDOW_TOKENS)
-    windows = cut_windows(job.source.tokenizer, HELD_OUT_TEXT.read_text(encoding="utf-8"), options)
-    return compare({"model": job.source.model}, windows, job.meter)[0].perplexity
+        return lambda: None
+    kept = predict_held_out(job.source.model, job.source.tokenizer, job.recipe.num_windows, job.meter)
+
+    def measure() -> HeldOutQuality:
+        quality = measure_held_out(kept, job.source.model, job.meter)
+        check_quality(quality, job.recipe.max_kl)
+        return quality
+
+    return measure
 
 
 def _checkpoint_config(source: SourceModel, plan: ModelPlan) -> dict[str, object]:

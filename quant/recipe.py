@@ -1,14 +1,15 @@
 """The one frozen description of a quantization, valid from the moment it exists. It reads no model and no file."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from kernels.layout import SUPPORTED_BITS
+from quant.calibration_mix import SELF_CALIBRATION, parse_mix, row_counts
 from quant.errors import RecipeError
 
 GROUP_SIZES = (128, 64, 32)
-SELF_CALIBRATION = "self"
 # far beyond what any calibration gains from, and what memory holds
 MAX_SAMPLES = 65_536
 MAX_SAMPLE_TOKENS = 1_048_576
@@ -27,9 +28,10 @@ class Method(StrEnum):
 class Recipe:
     """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model.
 
-    calibration: "self" (the model writes its own text), the path of a text file, or the name of a hub data set.
-    num_samples, sample_tokens: the calibration text is num_samples rows of sample_tokens tokens each.
-    num_windows: perplexity is measured on so many windows of the text that ships with the program; 0 measures nothing.
+    calibration: "self" (the model writes its own text), a preset, a file's path, a hub data set, or a mix of them with
+    shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each.
+    num_windows: the result is measured on so many windows of the text that ships with the program; 0 measures nothing.
+    max_kl: a result whose mean KL to the original is higher, in nats, is refused; None refuses none.
     Raises RecipeError, naming the option, when a value is out of range.
     """
 
@@ -41,6 +43,7 @@ class Recipe:
     sample_tokens: int = 128
     num_windows: int = 2
     seed: int = 0
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -48,8 +51,6 @@ class Recipe:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}")
-        if not self.calibration.strip():
-            raise RecipeError("calibration is empty; give self, the path of a text file, or the name of a hub data set")
         for name, value, smallest, largest in (
             ("calibration samples", self.num_samples, 1, MAX_SAMPLES),
             ("calibration tokens", self.sample_tokens, 1, MAX_SAMPLE_TOKENS),
@@ -58,6 +59,16 @@ class Recipe:
         ):
             if not smallest <= value <= largest:
                 raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}")
+        row_counts(parse_mix(self.calibration), self.num_samples)
+        self._check_max_kl()
+
+    def _check_max_kl(self) -> None:
+        if self.max_kl is None:
+            return
+        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise RecipeError(f"the highest KL is {self.max_kl}; it must be a number of nats above 0, like 0.2")
+        if self.num_windows == 0:
+            raise RecipeError("the highest KL is set, but nothing is measured: allow the measurement, or leave it out")
 
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:

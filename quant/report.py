@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
+from quant.calibration_mix import without_directories
 from quant.recipe import Recipe
 
 REPORT_FILE = "report.json"
@@ -31,26 +32,40 @@ class BlockError:
 
 
 @dataclass(frozen=True)
+class CalibrationOrigin:
+    """One source of the calibration text: what it is called, and the rows and the share of them that are its own."""
+
+    name: str
+    share: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class CalibrationSummary:
     """What the search looked at. digest: SHA-256 of the token ids."""
 
-    origin: str
+    origins: tuple[CalibrationOrigin, ...]
     digest: str
     num_tokens: int
 
 
 @dataclass(frozen=True)
-class HeldOutPerplexity:
-    """Perplexity on text that no calibration has seen, of the original and of what was written."""
+class HeldOutQuality:
+    """What was written beside its original, on text that no calibration has seen; mean_kl in nats a token."""
 
-    original: float
-    quantized: float
+    original_perplexity: float
+    perplexity: float
+    mean_kl: float
+    top1_agreement: float
+    num_windows: int
+    window_tokens: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """One finished quantization. bits_per_weight counts the quantized linears; source is a path to open again.
+    """One finished quantization. bits_per_weight counts the quantized linears.
 
+    source: what opens the original again, a hub name or an absolute path.
     notes: sentences about what was done less well than it could be.
     """
 
@@ -60,15 +75,16 @@ class Report:
     calibration: CalibrationSummary | None
     layers: tuple[LayerLoss, ...]
     blocks: tuple[BlockError, ...]
-    perplexity: HeldOutPerplexity | None
+    held_out: HeldOutQuality | None
     bits_per_weight: float
     notes: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
 
     def to_json(self) -> dict[str, object]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+        """The fields as plain JSON values; of calibration files only the names, as they are published with it."""
+        calibration = without_directories(self.recipe.calibration)
+        return {**asdict(self), "recipe": {**asdict(self.recipe), "calibration": calibration}}
 
     def to_bytes(self) -> bytes:
         """The content of REPORT_FILE."""
@@ -98,13 +114,23 @@ def summary_table(report: Report) -> Table:
         "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB",
     }
     if report.calibration is not None:
-        rows["calibration"] = f"{report.calibration.num_tokens} tokens of {report.calibration.origin}"
-    if report.perplexity is not None:
-        perplexity = report.perplexity
-        rows["perplexity"] = f"{perplexity.original:.3f} before, {perplexity.quantized:.3f} after, on held-out text"
+        rows["calibration"] = f"{report.calibration.num_tokens} tokens: {describe_origins(report.calibration)}"
+    if report.held_out is not None:
+        held_out = report.held_out
+        rows["perplexity"] = f"{held_out.original_perplexity:.3f} before, {held_out.perplexity:.3f} after"
+        rows["mean KL"] = f"{held_out.mean_kl:.5f} nats to the original"
+        rows["same first choice"] = f"{100 * held_out.top1_agreement:.2f} % of tokens"
+        rows["measured on"] = f"{held_out.num_windows} windows of {held_out.window_tokens} tokens of held-out text"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def describe_origins(calibration: CalibrationSummary) -> str:
+    """The origins in a few words, with their shares where there are several."""
+    if len(calibration.origins) == 1:
+        return calibration.origins[0].name
+    return ", ".join(f"{100 * origin.share:.0f} % {origin.name}" for origin in calibration.origins)
 
 
 def _by_kind(layers: tuple[LayerLoss, ...]) -> dict[str, list[LayerLoss]]:

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from quant.errors import QuantizationError, SourceError
+from quant.overflow import first_not_finite
 
 # short openings over the kinds of text a model is asked for; the model writes the rest
 PROMPTS = (
@@ -60,7 +61,8 @@ def write_text(
             on_step(position + 1, num_tokens)
             logits = model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
             if not bool(torch.isfinite(logits).all()):
-                raise QuantizationError("the model gives logits that are not finite, so it cannot write its own text")
+                culprit = first_not_finite(model, written[:, : position + 1])
+                raise QuantizationError(f"the model cannot write its own text: the output of {culprit} is not finite")
             column = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
             for row, queue in enumerate(waiting):
                 if not queue and int(column[row]) in end_ids:

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -67,15 +67,11 @@ LOADING_ERRORS = (
 
 @dataclass(frozen=True)
 class SourceModel:
-    """model: in float32 on the CPU, in eval mode, experts as linears. path: the directory or .gguf file it is from.
-
-    name: what reports call it, and what opens it again.
-    """
+    """model: in float32 on the CPU, in eval mode, experts as linears. path: the directory or .gguf file it is from."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
-    name: str
     path: Path
 
     def side_files(self) -> dict[str, bytes]:
@@ -120,18 +116,30 @@ class SourceModel:
 def open_source(path: Path) -> SourceModel:
     """Load an unquantized model directory or a .gguf file (see location.resolve_model) for calibration.
 
-    Raises SourceError when it is no model, is quantized already, or lacks a tokenizer or tensors; CheckpointError
+    Raises SourceError when it is no model, is quantized already, lacks a tokenizer or tensors, has values that are not
+    finite, or needs code of its own; CheckpointError
     naming the damaged file.
     """
     if path.is_file():
         return _open_gguf(path)
+    check_directory(path)
+    return _load(path, path, gguf_file=None)
+
+
+def check_directory(path: Path) -> None:
+    """What can be said of a model directory before its weights are read; raises what open_source does."""
     reader = CheckpointReader.open(path)
     if reader.meta is not None:
         raise SourceError(
             f"{path} is quantized already ({reader.meta.quant_method}, {reader.meta.bits} bits); "
             "give the original model"
         )
-    return _load(path, path, gguf_file=None)
+    model_type = str(reader.config.get("model_type"))
+    if "auto_map" in reader.config and model_type not in CONFIG_MAPPING:
+        raise SourceError(
+            f"{path} needs code of its own for the architecture {model_type} (auto_map in {CONFIG_FILE}), and code "
+            "that comes with a model is never run; only architectures that transformers has can be quantized"
+        )
 
 
 def _open_gguf(file: Path) -> SourceModel:
@@ -163,22 +171,30 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
-        raise SourceError(f"{path} cannot be loaded as a language model: {error}") from error
+        # transformers advises an option there that is not given here
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs code of its own (auto_map), and code that comes with a model is never run"
+        raise SourceError(f"{path} cannot be loaded as a language model: {reason if needs_code else error}") from error
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
     _check_loading(path, loading)
+    _check_finite(path, model)
     _check_token_ids(path, model)
     linearize_experts(model)
     # transformers' default is 1e30, which would be written into the checkpoint
     longest = getattr(config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-    return SourceModel(model=model, tokenizer=tokenizer, config=model.config, name=str(path.absolute()), path=path)
+    return SourceModel(model=model, tokenizer=tokenizer, config=model.config, path=path)
 
 
 def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
     """Raises SourceError naming tensors that are missing, of another shape, or in the file and not in the model."""
     missing = [*map(str, loading["missing_keys"])]
     # each is (name, shape in the file, shape that the config asks for)
-    missing += [f"{key[0]} (as {key[2]}, not {key[1]})" for key in loading["mismatched_keys"] if isinstance(key, tuple)]
+    missing += [
+        f"{key[0]} (as {tuple(key[2])}, not {tuple(key[1])})"
+        for key in loading["mismatched_keys"]
+        if isinstance(key, tuple)
+    ]
     if missing:
         names = ", ".join(sorted(missing)[:5])
         raise SourceError(f"{path} lacks tensors its config asks for: {names} ({len(missing)} in all)")
@@ -188,6 +204,16 @@ def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
             f"{path} holds tensors that its config has no place for: {', '.join(unused[:5])} ({len(unused)} in all); "
             "config.json belongs to another model, or a field of it is wrong"
         )
+
+
+def _check_finite(path: Path, model: PreTrainedModel) -> None:
+    """Raises SourceError naming the first tensor that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            num_bad = int((~torch.isfinite(parameter)).sum())
+            raise SourceError(
+                f"{path}: {name} has {num_bad} values that are not finite, so the model is damaged; fetch it again"
+            )
 
 
 def _check_token_ids(path: Path, model: PreTrainedModel) -> None:

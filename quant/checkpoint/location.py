@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,8 +21,8 @@ from quant.errors import SourceError
 GGUF_SUFFIX = ".gguf"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WHAT_A_MODEL_IS = f"give a directory, a {GGUF_SUFFIX} file or a hub name (owner/name)"
-# weights as safetensors, configs, tokenizers and chat templates: no code, no pickle
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# weights as safetensors, configs, tokenizers, chat templates and the card, which states the licence: no code, no pickle
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 # sub-folders hold other formats of the same model, and consolidated files a second copy of the weights
 HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 
@@ -41,6 +42,19 @@ def resolve_model(name: str) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise SourceError(f"{name} does not exist, and is no hub name (owner/name) either")
     return _download(name)
+
+
+def recorded_name(path: Path) -> str:
+    """What opens the model at this path again: its hub name where it lies in the hub's cache, else the absolute path.
+
+    A snapshot's path would say nothing on another machine, and more than needed of this one.
+    """
+    path = path.absolute()
+    repository = path.parent.parent
+    name = repository.name.removeprefix("models--").replace("--", "/")
+    if path.parent.name == "snapshots" and repository.parent == Path(HF_HUB_CACHE).absolute() and "/" in name:
+        return name
+    return str(path)
 
 
 def _download(name: str) -> Path:

@@ -23,7 +23,7 @@ from kernels.layout import PackedWeight
 from quant.checkpoint import awq_gemm
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
-from quant.errors import OutputError
+from quant.errors import OutputError, WriteError
 
 # a shard is held in memory until it is written, and many tools read a checkpoint shard by shard
 DEFAULT_SHARD_BYTES = 2 * 1024**3
@@ -145,7 +145,7 @@ class CheckpointWriter:
             self.directory.rename(self._out)
             _flush_to_disk(self._out.parent)
         except OSError as error:
-            raise OutputError(f"{self._out} cannot be written: {error}") from error
+            raise WriteError(f"{self._out} cannot be written: {error}") from error
 
     def _check_free_space(self) -> None:
         free_bytes = shutil.disk_usage(self._out.parent).free
@@ -155,10 +155,10 @@ class CheckpointWriter:
                 f"{_megabytes(free_bytes)} free; free some space or choose another disk"
             )
 
-    def _failure(self, reason: str) -> OutputError:
+    def _failure(self, reason: str) -> WriteError:
         free_bytes = shutil.disk_usage(self._out.parent).free
         needed_bytes = max(self._expected_bytes, self._total_bytes)
-        return OutputError(
+        return WriteError(
             f"{self._out} cannot be written: {reason}. It needs about {_megabytes(needed_bytes)}; "
             f"{_megabytes(free_bytes)} were free when it failed"
         )

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from quant.checkpoint.reader import CheckpointReader
@@ -20,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--calib-samples", "4", "--calib-seqlen", "32")
 
 
-def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], settings: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "quant", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(settings or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,3 +120,29 @@ def _start_and_wait_for_writing(model: Path, directory: Path) -> subprocess.Pope
         if json.loads(line)["phase"] == "calibrate":
             return process
     raise AssertionError(f"the run ended early: {process.communicate()[1]}")
+
+
+def test_a_model_of_the_hub_is_recorded_by_its_name_and_found_again(tmp_path: Path) -> None:
+    # given a model in the hub's cache, as after it was fetched, with a card that states its licence
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--owner--tiny"
+    snapshot = save_tiny_model("llama", cached / "snapshots" / commit)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    out = tmp_path / "tiny-awq"
+
+    # when it is quantized by its name, and the result is compared with what the report names
+    quantized = start(["quantize", "owner/tiny", str(out), "--method", "rtn"], offline)
+    errors = quantized.communicate(timeout=240)[1]
+    measured = start(["eval", str(out), "--windows", "1"], offline)
+    table, eval_errors = measured.communicate(timeout=240)
+
+    assert quantized.returncode == 0, errors
+    card = ModelCard.load(out / "README.md").data
+    assert (card.base_model, card.license) == ("owner/tiny", "mit")
+    assert json.loads((out / "report.json").read_text())["source"] == "owner/tiny"
+    assert str(tmp_path) not in (out / "README.md").read_text() + (out / "report.json").read_text()
+    assert measured.returncode == 0, eval_errors
+    assert "plain rounding" in table

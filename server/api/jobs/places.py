@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.api.jobs.schema import SELF_CALIBRATION, QuantizeBody
+from quant.calibration_mix import PRESETS, SELF_CALIBRATION, Share, format_mix, parse_mix
+from quant.errors import RecipeError
+from server.api.jobs.schema import QuantizeBody
 from server.errors import Conflict, InvalidRequest
 from server.jobs.record import JobRecipe
 
@@ -49,8 +51,16 @@ class JobPlaces:
             )
         return str(path)
 
-    def _resolve_calib(self, name: str) -> str:
-        if name == SELF_CALIBRATION:
+    def _resolve_calib(self, text: str) -> str:
+        """The calibration with each of its files as a path that this client may name."""
+        try:
+            sources = parse_mix(text)
+        except RecipeError as error:
+            raise InvalidRequest(str(error), param="calib") from error
+        return format_mix([Share(self._resolve_text(source.name), source.share) for source in sources])
+
+    def _resolve_text(self, name: str) -> str:
+        if name == SELF_CALIBRATION or name in PRESETS:
             return name
         path = self._find(name)
         if path is not None and path.is_file():
@@ -58,8 +68,8 @@ class JobPlaces:
         if path is None and _is_hub_name(name):
             return name
         raise InvalidRequest(
-            f"calib {name!r} is neither {SELF_CALIBRATION!r}, nor a text file {ROOTS_IN_WORDS}, "
-            "nor a hub data set like owner/name",
+            f"calib {name!r} is neither {SELF_CALIBRATION}, nor one of {', '.join(PRESETS)}, "
+            f"nor a text file {ROOTS_IN_WORDS}, nor a hub data set like owner/name",
             param="calib",
         )
 

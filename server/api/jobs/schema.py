@@ -7,11 +7,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
+from quant.calibration_mix import SELF_CALIBRATION
 from server.api.errors import describe
 from server.jobs.record import JobRecord, JobState, Method
 from server.jobs.store import JobPage
 
-SELF_CALIBRATION = "self"
 MAX_NAME_CHARS = 512
 # one plain directory name: no separator, no leading dot, nothing a shell or a URL would trip over
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

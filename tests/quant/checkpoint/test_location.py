@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 
-from quant.checkpoint.location import resolve_model
+from quant.checkpoint.location import recorded_name, resolve_model
 from quant.errors import SourceError
 
 
@@ -52,3 +53,21 @@ def test_locating_a_model_imports_no_torch() -> None:
     code = "import sys, quant.checkpoint.location; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_model_of_the_hubs_cache_is_recorded_by_its_hub_name() -> None:
+    snapshot = Path(HF_HUB_CACHE) / "models--owner--my-model" / "snapshots" / "0123abc"
+    assert recorded_name(snapshot) == "owner/my-model"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "mine/models--owner--my-model/snapshots/0123abc",
+        f"{HF_HUB_CACHE}/models--gpt2/snapshots/0123abc",
+        f"{HF_HUB_CACHE}/models--owner--my-model/snapshots/0123abc/model.gguf",
+        "mine",
+    ],
+)
+def test_a_model_that_no_hub_name_opens_is_recorded_by_its_path(path: str) -> None:
+    assert recorded_name(Path(path)) == str(Path(path).absolute())

@@ -6,7 +6,7 @@ import typer
 
 from kernels.layout import SUPPORTED_BITS
 from quant.cli import app
-from quant.recipe import GROUP_SIZES, SELF_CALIBRATION, Method
+from quant.recipe import GROUP_SIZES, Method, Recipe
 from server.api.jobs.schema import CHOICES, QuantizeBody
 from server.jobs.record import JobRecipe
 from server.jobs.supervisor import quantizer_arguments
@@ -16,7 +16,7 @@ def test_the_choices_of_a_job_are_those_of_the_quantizer() -> None:
     assert CHOICES["bits"] == SUPPORTED_BITS
     assert set(CHOICES["group_size"]) == {"auto", *GROUP_SIZES}
     assert set(CHOICES["method"]) == {method.value for method in Method}
-    assert QuantizeBody(model="any").calib == SELF_CALIBRATION
+    assert QuantizeBody(model="any").calib == Recipe.calibration
 
 
 def test_every_option_of_a_job_is_one_of_the_command_line() -> None:

@@ -176,6 +176,16 @@ def test_absolute_paths_and_hub_names_are_models_too(places: JobPlaces, tmp_path
     assert by_hub_name.json()["output"] == "SmolLM2-135M-rtn-w4g64"
 
 
+def test_calibration_may_be_a_preset_or_a_mix_of_what_the_client_may_name(places: JobPlaces, tmp_path: Path) -> None:
+    preset, mix = ask(
+        places,
+        lambda server: server.submit(model="succeed", output="a", calib="wikitext"),
+        lambda server: server.submit(model="succeed", output="b", calib="text.txt:0.5,self:0.25,owner/chat:0.25"),
+    )
+    assert preset.json()["calib"] == "wikitext"
+    assert mix.json()["calib"] == f"{tmp_path / 'mine' / 'text.txt'}:0.5,self:0.25,owner/chat:0.25"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -200,6 +210,8 @@ def test_absolute_paths_and_hub_names_are_models_too(places: JobPlaces, tmp_path
         ('{"model": "succeed", "output": "a/b"}', "output", "one plain directory name"),
         ('{"model": "succeed", "output": ".hidden"}', "output", "one plain directory name"),
         ('{"model": "succeed", "calib": "/etc/passwd"}', "calib", "neither"),
+        ('{"model": "succeed", "calib": "self:0.5,/etc/passwd:0.5"}', "calib", "'/etc/passwd' is neither"),
+        ('{"model": "succeed", "calib": "self:0.5,wikitext:0.4"}', "calib", "add up to 0.9; they must add up to 1"),
         ('{"model": "succeed", "calib_samples": 0}', "calib_samples", "greater than or equal to 1"),
         ('{"model": "succeed", "group_sise": 64}', "group_sise", "group_sise is no field that this route knows"),
         ('["succeed"]', None, "object"),

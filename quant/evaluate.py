@@ -185,9 +185,7 @@ def _add_window(total: _Sums, logits: Tensor, original: Tensor, targets: Tensor)
 
 
 def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrainedModel:
-    """The original with the modules that the checkpoint quantizes rounded plainly, at its bits and group size."""
-    if reader.meta is None:
-        raise CheckpointError(f"{reader.directory} is not quantized")
+    """The original with the modules that the checkpoint quantizes rounded plainly, at their bits and group sizes."""
     rounded = copy.deepcopy(original)
     for name in reader.quantized_module_names:
         try:
@@ -196,7 +194,8 @@ def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrain
             raise SourceError(
                 f"the original has no module {name}: it is another model than the checkpoint's"
             ) from error
-        weight.copy_(round_plainly(weight, reader.meta.group_size, reader.meta.bits))
+        spec = reader.packed_spec(name)
+        weight.copy_(round_plainly(weight, spec.group_size, spec.bits))
     return rounded
 
 

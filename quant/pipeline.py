@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
+from kernels.layout import WHOLE_ROW, PackedWeight
 from quant.block import BlockPlan, check_finite, round_block_plainly
 from quant.block_search import search_block
 from quant.calibration import CalibrationTokens, calibration_tokens, read_text
 from quant.capture import embed
-from quant.checkpoint.meta import awq_gemm_meta
+from quant.checkpoint.output_format import check_fits
+from quant.checkpoint.stored_module import PackedSpec, bits_per_weight
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.errors import RecipeError
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe, choose_group_size
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutPerplexity, LayerLoss, Report
+from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import groups_for, linear_of
 from quant.scale_search import Grouping
@@ -69,11 +70,13 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     source = open_source(source_path)
     meter.report("load", 1, 1)
     plan = plan_blocks(recipe, source)
+    planned = planned_modules(source.model, plan)
+    check_fits(recipe.output_format, planned)
     for name, parameter in source.model.named_parameters():
         check_finite(name, parameter)
     files = source.side_files()
-    num_bytes = expected_bytes(source.model, plan) + sum(map(len, files.values()))
-    with CheckpointWriter(out, expected_bytes=num_bytes) as writer:
+    num_bytes = expected_bytes(source.model, planned) + sum(map(len, files.values()))
+    with CheckpointWriter(out, expected_bytes=num_bytes, output_format=recipe.output_format) as writer:
         job = Job(recipe, source, plan, writer, meter)
         tokens = calibration_tokens(recipe, source, text, _steps_of(meter)) if recipe.method is Method.AWQ else None
         original = _measure(job)
@@ -88,11 +91,11 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             layers=numbers.layers,
             blocks=numbers.blocks,
             perplexity=HeldOutPerplexity(original, quantized) if original and quantized else None,
-            bits_per_weight=bits_per_weight(plan.grouping),
+            bits_per_weight=bits_per_weight(planned.values()),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        writer.commit(_checkpoint_config(source, plan), files={**files, REPORT_FILE: report.to_bytes()})
+        writer.commit(_checkpoint_config(job), files={**files, REPORT_FILE: report.to_bytes()})
     return report
 
 
@@ -106,21 +109,10 @@ def plan_blocks(recipe: Recipe, source: SourceModel) -> BlockPlan:
         for linear in group.linears
     }
     group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
-    _check_out_features(linears)
     head_width = getattr(source.config, "head_dim", None)
     if head_width is None:
         head_width = source.config.hidden_size // source.config.num_attention_heads
     return BlockPlan(groups, head_width, Grouping(recipe.bits, group_size))
-
-
-def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
-    """Raises RecipeError naming the first layer whose outputs do not fill the words of the AWQ gemm format."""
-    for name, linear in linears.items():
-        if linear.out_features % AWQ_COLUMNS_PER_WORD:
-            raise RecipeError(
-                f"{name} has {linear.out_features} outputs, and the AWQ gemm format packs "
-                f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
-            )
 
 
 def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -128,18 +120,23 @@ def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{BLOCKS}.{name}": block for name, block in model.get_submodule(BLOCKS).named_children()}
 
 
-def bits_per_weight(grouping: Grouping) -> float:
-    """A weight's code, and its share of its group's float16 scale and zero point."""
-    return grouping.bits + (16 + grouping.bits) / grouping.group_size
+def planned_modules(model: PreTrainedModel, plan: BlockPlan) -> dict[str, PackedSpec]:
+    """What each linear that is quantized will be stored as, by its full name."""
+    modules = {}
+    for block_name, block in blocks_of(model).items():
+        for name in plan.linear_names():
+            num_outputs, num_inputs = linear_of(block, name).weight.shape
+            group_size = num_inputs if plan.grouping.group_size == WHOLE_ROW else plan.grouping.group_size
+            spec = PackedSpec(num_outputs, num_inputs, plan.grouping.bits, group_size, SCALE_DTYPE)
+            modules[f"{block_name}.{name}"] = spec
+    return modules
 
 
-def expected_bytes(model: PreTrainedModel, plan: BlockPlan) -> int:
+def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec]) -> int:
     """What the checkpoint's tensors will take on disk."""
-    num_quantized = sum(
-        linear_of(block, name).weight.numel() for block in blocks_of(model).values() for name in plan.linear_names()
-    )
+    num_quantized = sum(spec.num_outputs * spec.num_inputs for spec in planned.values())
     num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
-    return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
+    return sum(spec.num_bits for spec in planned.values()) // 8 + num_plain * STORAGE_DTYPE.itemsize
 
 
 def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
@@ -203,11 +200,13 @@ def _quantized_modules(model: PreTrainedModel, plan: BlockPlan) -> list[str]:
     return [f"{block_name}.{linear}" for block_name in blocks_of(model) for linear in plan.linear_names()]
 
 
-def _checkpoint_config(source: SourceModel, plan: BlockPlan) -> dict[str, object]:
+def _checkpoint_config(job: Job) -> dict[str, object]:
     """The source's config with what was done to it; every linear that stayed as it was is listed by its full name."""
-    quantized = set(_quantized_modules(source.model, plan))
-    kept = tuple(
-        name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in quantized
-    )
-    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, kept)
-    return {**source.checkpoint_config(STORAGE_DTYPE), "quantization_config": meta.to_config()}
+    quantized = set(_quantized_modules(job.source.model, job.plan))
+    kept = [
+        name
+        for name, module in job.source.model.named_modules()
+        if isinstance(module, nn.Linear) and name not in quantized
+    ]
+    config = job.source.checkpoint_config(STORAGE_DTYPE)
+    return {**config, "quantization_config": job.writer.quantization_config(kept)}

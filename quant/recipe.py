@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kernels.layout import SUPPORTED_BITS
+from kernels.layout import SUPPORTED_BITS, WHOLE_ROW
+from quant.checkpoint.output_format import OutputFormat
 from quant.errors import RecipeError
 
 GROUP_SIZES = (128, 64, 32)
+AWQ_BITS = 4
 SELF_CALIBRATION = "self"
 # far beyond what any calibration gains from, and what memory holds
 MAX_SAMPLES = 65_536
@@ -25,8 +27,10 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model.
+    """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model, WHOLE_ROW one
+    scale for each row of a weight.
 
+    format: how the checkpoint is written; None means AWQ where it can hold the bits, else compressed-tensors.
     calibration: "self" (the model writes its own text), the path of a text file, or the name of a hub data set.
     num_samples, sample_tokens: the calibration text is num_samples rows of sample_tokens tokens each.
     num_windows: perplexity is measured on so many windows of the text that ships with the program; 0 measures nothing.
@@ -41,13 +45,19 @@ class Recipe:
     sample_tokens: int = 128
     num_windows: int = 2
     seed: int = 0
+    format: OutputFormat | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
             raise RecipeError(f"bits is {self.bits}; supported: {', '.join(map(str, SUPPORTED_BITS))}")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+        if self.group_size not in (None, WHOLE_ROW, *GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))
-            raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}")
+            raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}, row")
+        if self.format is OutputFormat.AWQ and self.bits != AWQ_BITS:
+            raise RecipeError(
+                f"bits is {self.bits}, and the AWQ gemm format holds {AWQ_BITS} bits only; "
+                f"use --format {OutputFormat.COMPRESSED_TENSORS}"
+            )
         if not self.calibration.strip():
             raise RecipeError("calibration is empty; give self, the path of a text file, or the name of a hub data set")
         for name, value, smallest, largest in (
@@ -59,12 +69,21 @@ class Recipe:
             if not smallest <= value <= largest:
                 raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}")
 
+    @property
+    def output_format(self) -> OutputFormat:
+        """The format asked for, or the one that holds the bits."""
+        if self.format is not None:
+            return self.format
+        return OutputFormat.AWQ if self.bits == AWQ_BITS else OutputFormat.COMPRESSED_TENSORS
+
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:
     """The group size for a model whose linears have these in features: the requested one, or the largest that fits.
 
-    Raises RecipeError naming the first layer that the size does not divide.
+    WHOLE_ROW fits every model. Raises RecipeError naming the first layer that the size does not divide.
     """
+    if requested == WHOLE_ROW:
+        return WHOLE_ROW
     candidates = GROUP_SIZES if requested is None else (requested,)
     for group_size in candidates:
         if all(size % group_size == 0 for size in in_features.values()):

@@ -127,10 +127,7 @@ def open_source(path: Path) -> SourceModel:
         return _open_gguf(path)
     reader = CheckpointReader.open(path)
     if reader.meta is not None:
-        raise SourceError(
-            f"{path} is quantized already ({reader.meta.quant_method}, {reader.meta.bits} bits); "
-            "give the original model"
-        )
+        raise SourceError(f"{path} is quantized already ({reader.meta.format}); give the original model")
     groups_for(str(reader.config.get("model_type")))
     return _load(path, path, gguf_file=None)
 

@@ -66,8 +66,8 @@ def test_people_get_the_tables_on_stdout(model: Path, tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (("--group-size", "128"), "group size 128 does not divide the 64 in features of"),
-        (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32"),
-        (("--bits", "5"), "bits is 5; supported: 4"),
+        (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32, row"),
+        (("--bits", "5"), "bits is 5; supported: 3, 4, 8"),
     ],
 )
 def test_bad_options_end_with_code_2_and_one_sentence(

@@ -9,8 +9,8 @@ from quant.recipe import Recipe, choose_group_size
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("bits", 5, "bits is 5; supported: 4"),
-        ("group_size", 48, "group size is 48; supported: auto, 128, 64, 32"),
+        ("bits", 5, "bits is 5; supported: 3, 4, 8"),
+        ("group_size", 48, "group size is 48; supported: auto, 128, 64, 32, row"),
         ("calibration", " ", "calibration is empty"),
         ("num_samples", 0, "calibration samples is 0"),
         ("sample_tokens", -1, "calibration tokens is -1"),

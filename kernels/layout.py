@@ -250,7 +250,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     else:
         stream = _pack_nibbles(padded) if bits == 4 else padded
     # the bytes of an int32 start at its low end on every machine that torch runs on
-    words = stream.contiguous().view(torch.int32)
+    words = stream.flatten().view(torch.int32).view(num_rows, -1)
     return words[:, : -(-num_columns * bits // BITS_PER_WORD)].contiguous()
 
 
@@ -258,7 +258,7 @@ def unpack_words(words: Tensor, bits: int, num_columns: int) -> Tensor:
     """The inverse of `pack_words`: int32 [R, ceil(C * bits / 32)] to uint8 [R, C] for C = num_columns."""
     num_rows = words.shape[0]
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
-    stream = padded.contiguous().view(torch.uint8)
+    stream = padded.flatten().view(torch.uint8).view(num_rows, -1)
     if bits == 3:
         shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=words.device)
         low, middle, high = stream.reshape(num_rows, -1, 3).to(torch.int32).unbind(dim=-1)
@@ -301,7 +301,7 @@ def unpack_gemv_fast_words(words: Tensor) -> Tensor:
     num_inputs = words.shape[1]
     # [row of words, run of 64 inputs, row, half of the run, a, nibble], where a nibble's t = AWQ_NIBBLE_ORDER[nibble]
     # holds input 8 * (t // 2) + 2 * a + t % 2 of its half
-    nibbles = _unpack_nibbles(words.contiguous().view(torch.uint8)).reshape(
+    nibbles = _unpack_nibbles(words.flatten().view(torch.uint8)).reshape(
         -1, num_inputs // GEMV_FAST_INPUTS, GEMV_FAST_ROWS, 2, 4, 8
     )
     ordered = torch.empty_like(nibbles)

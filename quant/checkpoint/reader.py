@@ -78,6 +78,10 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._find(name).spec.dtype
 
+    def num_bytes(self, name: str) -> int:
+        """What the tensor takes on disk."""
+        return self._find(name).spec.num_bytes
+
     def read_tensor(self, name: str) -> Tensor:
         """The tensor on the CPU, in its stored dtype. Raises CheckpointError when there is none of that name."""
         file = self._find(name).file

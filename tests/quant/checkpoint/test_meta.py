@@ -137,7 +137,7 @@ def test_of_several_config_groups_only_what_they_share_is_claimed() -> None:
         ({**GPTQ, "dynamic": [1]}, r"dynamic must be an object, not \[1\]"),
         (
             {**AUTO_ROUND, "packing_format": "auto_round:llm_compressor"},
-            "'auto_round:llm_compressor': it is not a known",
+            "llm_compressor': it is not a known",
         ),
         ({**COMPRESSED, "config_groups": {}}, "has no config_groups"),
         ({**COMPRESSED, "format": "float-quantized"}, "group_0 has format 'float-quantized'; only pack-quantized"),

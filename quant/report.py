@@ -50,7 +50,10 @@ class HeldOutPerplexity:
 
 @dataclass(frozen=True)
 class Report:
-    """One finished quantization. bits_per_weight counts the quantized linears; source is a path to open again."""
+    """One finished quantization. bits_per_weight counts the quantized linears; source is a path to open again.
+
+    group_size: WHOLE_ROW (-1) where each row of a weight has one scale.
+    """
 
     source: str
     recipe: Recipe

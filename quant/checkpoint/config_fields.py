@@ -45,16 +45,6 @@ def group_size(fields: Mapping[str, object]) -> int:
     return positive_integer(fields, "group_size")
 
 
-def names(fields: Mapping[str, object], field: str) -> tuple[str, ...]:
-    """Raises CheckpointError when it is no list of strings."""
-    value = find(fields, field)
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise CheckpointError(f"quantization_config.{field} must be a list of module names, not {value!r}")
-    return tuple(value)
-
-
 def mapping(fields: Mapping[str, object], field: str) -> Mapping[str, object]:
     """An object, empty where it is absent or null. Raises CheckpointError when it is anything else."""
     value = find(fields, field)

@@ -30,15 +30,14 @@ class CheckpointFormat(StrEnum):
 class QuantizationMeta:
     """How the quantized modules of a checkpoint are stored, where all are alike; None where the tensors must say.
 
-    group_size: input channels a scale, -1 for all of a row. symmetric: whether zero points may be absent.
-    kept: what the config lists as not quantized, a hint for people.
+    group_size: input channels a scale, -1 for all of a row. symmetric: whether zero points may be absent. Lists of
+    modules that are not quantized are not read: they are matched in many ways, and the tensors say it.
     """
 
     format: CheckpointFormat
     bits: int | None
     group_size: int | None
-    symmetric: bool | None
-    kept: tuple[str, ...]
+    symmetric: bool | None = None
 
 
 AWQ_VERSIONS = {
@@ -93,8 +92,7 @@ def _parse_awq(fields: Mapping[str, object]) -> QuantizationMeta:
     version = config_fields.text(fields, "version", "gemm")
     stored_as = _choose(AWQ_VERSIONS, UNREAD_AWQ_VERSIONS, "version", version)
     bits = _read_bits(fields, (4,), "AWQ checkpoints")
-    kept = config_fields.names(fields, "modules_to_not_convert")
-    return QuantizationMeta(stored_as, bits, config_fields.group_size(fields), None, kept)
+    return QuantizationMeta(stored_as, bits, config_fields.group_size(fields))
 
 
 def _parse_gptq(fields: Mapping[str, object]) -> QuantizationMeta:
@@ -118,7 +116,7 @@ def _parse_uniform(
     """One number of bits and one group size for all modules, unless some are said to be exceptions."""
     bits = _read_bits(fields, SUPPORTED_BITS, f"{stored_as} checkpoints")
     size = config_fields.group_size(fields)
-    return QuantizationMeta(stored_as, bits, None if has_exceptions else size, None, ())
+    return QuantizationMeta(stored_as, bits, None if has_exceptions else size)
 
 
 def _parse_compressed_tensors(fields: Mapping[str, object]) -> QuantizationMeta:
@@ -139,7 +137,6 @@ def _parse_compressed_tensors(fields: Mapping[str, object]) -> QuantizationMeta:
         bits.pop() if len(bits) == 1 else None,
         None,
         symmetric.pop() if len(symmetric) == 1 else None,
-        config_fields.names(fields, "ignore"),
     )
 
 

@@ -42,7 +42,7 @@ def meta_of(
     group_size: int | None = None,
     symmetric: bool | None = None,
 ) -> QuantizationMeta:
-    return QuantizationMeta(stored_as, bits, group_size, symmetric, ())
+    return QuantizationMeta(stored_as, bits, group_size, symmetric)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], meta: QuantizationMeta) -> PackedSpec:

@@ -108,7 +108,7 @@ def test_where_some_modules_differ_no_group_size_is_claimed_of_all(fields: dict[
 def test_what_compressed_tensors_claims_of_all_modules() -> None:
     meta = parse(COMPRESSED)
 
-    assert meta == QuantizationMeta(CheckpointFormat.COMPRESSED_TENSORS, 4, None, True, ("lm_head",))
+    assert meta == QuantizationMeta(CheckpointFormat.COMPRESSED_TENSORS, 4, None, symmetric=True)
 
 
 def test_of_several_config_groups_only_what_they_share_is_claimed() -> None:
@@ -116,7 +116,7 @@ def test_of_several_config_groups_only_what_they_share_is_claimed() -> None:
 
     meta = parse({**COMPRESSED, "config_groups": {"group_0": GROUP, "group_1": other}})
 
-    assert meta == QuantizationMeta(CheckpointFormat.COMPRESSED_TENSORS, None, None, None, ("lm_head",))
+    assert meta == QuantizationMeta(CheckpointFormat.COMPRESSED_TENSORS, None, None)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,6 @@ def test_of_several_config_groups_only_what_they_share_is_claimed() -> None:
         ({**AWQ, "bits": "4"}, "bits must be a positive integer, not '4'"),
         ({**AWQ, "group_size": -2}, "group_size must be a positive integer, not -2"),
         ({**AWQ, "group_size": None}, "group_size must be a positive integer, not None"),
-        ({**AWQ, "modules_to_not_convert": "lm_head"}, "must be a list of module names, not 'lm_head'"),
         ({**GPTQ, "bits": 2}, "2 bits; GPTQ v1 checkpoints are read with 3 or 4 or 8 bits"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "GPTQ weights in Marlin's layout are not read"),
         ({**GPTQ, "dynamic": [1]}, r"dynamic must be an object, not \[1\]"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kernels.layout import PackedWeight
 from quant.checkpoint.output_format import OutputFormat, check_fits
-from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
+from quant.checkpoint.reader import CONFIG_FILE, OLD_SETTINGS, CheckpointReader
 from quant.checkpoint.tensor_files import INDEX_FILE, PICKLE_SUFFIXES
 from quant.checkpoint.writer import CheckpointWriter, check_place
 from quant.errors import CheckpointError, QuantizationError
@@ -13,8 +13,8 @@ from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 
 # the weights, in this or another format, are what is written anew
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLE_SUFFIXES)
-# written anew, or of the source's format only: AutoAWQ and AutoGPTQ kept their settings in files of their own
-REWRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, "quant_config.json", "quantize_config.json")
+# written anew, or of the source's format only
+REWRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, *OLD_SETTINGS)
 HEAD = "lm_head"
 
 

@@ -38,5 +38,5 @@ CODECS: dict[CheckpointFormat, Codec] = {
         compressed_tensors.decode,
     ),
 }
-# what marks a quantized module in any format
-MARKERS = tuple(dict.fromkeys(codec.suffixes[0] for codec in CODECS.values()))
+# the endings of the names that mark a quantized module in any format
+MARKERS = tuple(dict.fromkeys(f".{codec.suffixes[0]}" for codec in CODECS.values()))

@@ -96,7 +96,9 @@ def _parse_awq(fields: Mapping[str, object]) -> QuantizationMeta:
 
 
 def _parse_gptq(fields: Mapping[str, object]) -> QuantizationMeta:
-    named = config_fields.text(fields, "checkpoint_format", "gptq")
+    # AutoGPTQ's way to say it, before the format had a name
+    is_marlin = fields.get("is_marlin_format") is True
+    named = "marlin" if is_marlin else config_fields.text(fields, "checkpoint_format", "gptq")
     stored_as = _choose(GPTQ_FORMATS, UNREAD_GPTQ_FORMATS, "checkpoint_format", named)
     # GPTQModel: patterns of modules that differ
     has_exceptions = bool(config_fields.mapping(fields, "dynamic"))

@@ -18,6 +18,8 @@ from quant.checkpoint.tensor_files import StoredTensor, find_tensors, read_json_
 from quant.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+# where AutoGPTQ and AutoAWQ put their settings before config.json held them, and what they did not say: the method
+OLD_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 class CheckpointReader:
@@ -58,10 +60,9 @@ class CheckpointReader:
             tensors = find_tensors(directory)
         except OSError as error:
             raise CheckpointError(f"{directory} cannot be read: {error}") from error
-        try:
-            meta = parse_meta(config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{config_file}: {error}") from error
+        meta = _parse_config(config_file, config)
+        if meta is None and any(name.endswith(MARKERS) for name in tensors):
+            meta = _read_old_settings(directory)
         return cls(directory, config, meta, tensors)
 
     @property
@@ -91,7 +92,7 @@ class CheckpointReader:
         return tensor
 
     def is_quantized(self, module_name: str) -> bool:
-        return any(f"{module_name}.{marker}" in self._tensors for marker in MARKERS)
+        return any(module_name + marker in self._tensors for marker in MARKERS)
 
     def tensor_names_of(self, module_name: str) -> tuple[str, ...]:
         """The full names of the tensors that belong to the module itself, not to its children."""
@@ -141,3 +142,19 @@ class CheckpointReader:
                 "add it (quant_method, bits, group_size, version) or fetch the checkpoint again"
             )
         return self.meta
+
+
+def _parse_config(file: Path, config: dict[str, object]) -> QuantizationMeta | None:
+    try:
+        return parse_meta(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_old_settings(directory: Path) -> QuantizationMeta | None:
+    for name, quant_method in OLD_SETTINGS.items():
+        file = directory / name
+        if file.is_file():
+            fields = {"quant_method": quant_method, **read_json_object(file)}
+            return _parse_config(file, {"quantization_config": fields})
+    return None

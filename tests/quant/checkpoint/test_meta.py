@@ -133,6 +133,7 @@ def test_of_several_config_groups_only_what_they_share_is_claimed() -> None:
         ({**AWQ, "group_size": None}, "group_size must be a positive integer, not None"),
         ({**GPTQ, "bits": 2}, "2 bits; GPTQ v1 checkpoints are read with 3 or 4 or 8 bits"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "GPTQ weights in Marlin's layout are not read"),
+        ({**GPTQ, "is_marlin_format": True}, "GPTQ weights in Marlin's layout are not read"),
         ({**GPTQ, "dynamic": [1]}, r"dynamic must be an object, not \[1\]"),
         (
             {**AUTO_ROUND, "packing_format": "auto_round:llm_compressor"},

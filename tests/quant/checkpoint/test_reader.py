@@ -91,8 +91,32 @@ def test_the_tensors_decide_which_module_is_quantized(checkpoint: Path) -> None:
     assert not reader.is_quantized(PLAIN)
 
 
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+        ("quantize_config.json", {"quant_method": "awq", "group_size": 32, "bits": 4, "checkpoint_format": "gemm"}),
+    ],
+)
+def test_settings_in_a_file_of_their_own_are_found(checkpoint: Path, file: str, fields: dict[str, object]) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    (checkpoint / file).write_text(json.dumps(fields))
+
+    assert_same_weight(CheckpointReader.open(checkpoint).read_packed(QUANTIZED), random_weight(16, 64, 32))
+
+
+def test_old_settings_that_are_not_read_are_refused_with_their_file(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    (checkpoint / "quantize_config.json").write_text('{"bits": 2, "group_size": 128, "desc_act": false}')
+
+    with pytest.raises(CheckpointError, match=r"quantize_config\.json: .*2 bits; GPTQ v1 checkpoints are read with"):
+        CheckpointReader.open(checkpoint)
+
+
 def test_an_unquantized_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    # settings that a tool has left beside the original
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
 
     reader = CheckpointReader.open(tmp_path)

@@ -20,7 +20,7 @@ from kernels.layout import (
 )
 from quant.checkpoint.meta import QuantizationMeta
 from quant.checkpoint.stored_module import (
-    SCALE_DTYPES,
+    HALF_DTYPES,
     PackedSpec,
     StoredModule,
     check_claimed_group_size,
@@ -59,9 +59,9 @@ def check(module: StoredModule, meta: QuantizationMeta) -> PackedSpec:
     qweight = module.require("qweight", 2, (torch.int32,), "int32 [K, N / 8]")
     num_inputs, num_words = qweight.shape
     num_outputs = num_words * AWQ_COLUMNS_PER_WORD
-    scales = module.require("scales", 2, SCALE_DTYPES, f"float16 or bfloat16 [groups, {num_outputs}]")
+    scales = module.require("scales", 2, HALF_DTYPES, f"float16 or bfloat16 [groups, {num_outputs}]")
     num_groups = scales.shape[0]
-    module.require_shape("scales", (num_groups, num_outputs), SCALE_DTYPES, f"beside qweight {list(qweight.shape)}")
+    module.require_shape("scales", (num_groups, num_outputs), HALF_DTYPES, f"beside qweight {list(qweight.shape)}")
     module.require_shape("qzeros", (num_groups, num_words), (torch.int32,), f"beside scales {list(scales.shape)}")
     group_size = group_size_of(module.name, num_inputs, num_groups)
     spec = PackedSpec(num_outputs, num_inputs, BITS, group_size, scales.dtype)

@@ -21,7 +21,7 @@ from kernels.layout import (
     unpack_words,
 )
 from quant.checkpoint.meta import QuantizationMeta
-from quant.checkpoint.stored_module import SCALE_DTYPES, PackedSpec, StoredModule, check_scales
+from quant.checkpoint.stored_module import HALF_DTYPES, PackedSpec, StoredModule, check_scales
 from quant.errors import CheckpointError
 
 BITS = 4
@@ -48,7 +48,7 @@ def check_gemv(module: StoredModule, meta: QuantizationMeta) -> PackedSpec:
     num_words = padded_words(spec.num_groups, spec.group_size)
     why = f"at group size {spec.group_size}"
     module.require_shape("qzeros", (num_outputs, num_words), (torch.int32,), why)
-    module.require_shape("scales", (num_outputs, num_words * CODES_PER_WORD), SCALE_DTYPES, why)
+    module.require_shape("scales", (num_outputs, num_words * CODES_PER_WORD), HALF_DTYPES, why)
     return spec
 
 
@@ -61,7 +61,7 @@ def check_gemv_fast(module: StoredModule, meta: QuantizationMeta) -> PackedSpec:
     spec = _claimed_spec(module, meta, num_outputs, num_inputs)
     shape = (padded_words(spec.num_groups, spec.group_size) * CODES_PER_WORD, num_outputs)
     for suffix in ("qzeros", "scales"):
-        module.require_shape(suffix, shape, SCALE_DTYPES, f"at group size {spec.group_size}")
+        module.require_shape(suffix, shape, HALF_DTYPES, f"at group size {spec.group_size}")
     return spec
 
 
@@ -106,7 +106,7 @@ def decode_gemv_fast(module_name: str, tensors: Mapping[str, Tensor], spec: Pack
 
 def _claimed_spec(module: StoredModule, meta: QuantizationMeta, num_outputs: int, num_inputs: int) -> PackedSpec:
     """The group size comes from the config, as the tensors are padded. Raises CheckpointError if it divides not."""
-    scales = module.require("scales", 2, SCALE_DTYPES, "float16 or bfloat16, two-dimensional")
+    scales = module.require("scales", 2, HALF_DTYPES, "float16 or bfloat16, two-dimensional")
     group_size = num_inputs if meta.group_size in (WHOLE_ROW, None) else meta.group_size
     if group_size is None or num_inputs % group_size:
         raise CheckpointError(

@@ -28,8 +28,6 @@ from quant.errors import CheckpointError, QuantizationError
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 SHAPE = "weight_shape"
 GROUP_INDEX = "weight_g_idx"
-# scales are stored in the model's dtype
-STORED_SCALE_DTYPES = (*SCALE_DTYPES, torch.float32)
 
 
 def encode(weight: PackedWeight) -> dict[str, Tensor]:
@@ -57,10 +55,10 @@ def check(module: StoredModule, meta: QuantizationMeta) -> PackedSpec:
     num_outputs, num_words = packed.shape
     num_inputs = _stored_inputs(module, num_outputs)
     bits = bits_of(module, "weight_packed", num_inputs, num_words, meta.bits)
-    scale = module.require("weight_scale", 2, STORED_SCALE_DTYPES, f"a float type, [{num_outputs}, groups]")
+    scale = module.require("weight_scale", 2, SCALE_DTYPES, f"a float type, [{num_outputs}, groups]")
     num_groups = scale.shape[1]
     why = f"beside weight_packed {list(packed.shape)}"
-    module.require_shape("weight_scale", (num_outputs, num_groups), STORED_SCALE_DTYPES, why)
+    module.require_shape("weight_scale", (num_outputs, num_groups), SCALE_DTYPES, why)
     if "weight_zero_point" in module.specs or meta.symmetric is False:
         zero_words = -(-num_outputs * bits // WORD_BITS)
         module.require_shape("weight_zero_point", (zero_words, num_groups), (torch.int32,), f"at {bits} bits")

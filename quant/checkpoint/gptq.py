@@ -32,7 +32,7 @@ def check(module: StoredModule, meta: QuantizationMeta) -> PackedSpec:
     """What the module holds, from its headers and its group index. Raises CheckpointError naming what is wrong."""
     qweight = module.require("qweight", 2, (torch.int32,), "int32 [K * bits / 32, N]")
     num_words, num_outputs = qweight.shape
-    scales = module.require("scales", 2, SCALE_DTYPES, f"float16 or bfloat16 [groups, {num_outputs}]")
+    scales = module.require("scales", 2, SCALE_DTYPES, f"a float type, [groups, {num_outputs}]")
     num_groups = scales.shape[0]
     module.require_shape("scales", (num_groups, num_outputs), SCALE_DTYPES, f"beside qweight {list(qweight.shape)}")
     zero_words = module.require("qzeros", 2, (torch.int32,), f"int32 [{num_groups}, N * bits / 32]").shape[1]

@@ -61,6 +61,8 @@ AUTO_ROUND_PACKINGS = {
     "auto_round:auto_gptq": CheckpointFormat.GPTQ_V1,
     "auto_round:auto_awq": CheckpointFormat.AWQ_GEMM,
 }
+# what the activations go through before the weights: without it they mean something else
+AUTO_ROUND_ROTATIONS = ("rotation_config", "spinquant_config")
 COMPRESSED_FORMAT = "pack-quantized"
 MIXED_FORMAT = "mixed-precision"
 STRATEGIES = ("group", "channel")
@@ -106,6 +108,9 @@ def _parse_gptq(fields: Mapping[str, object]) -> QuantizationMeta:
 
 
 def _parse_auto_round(fields: Mapping[str, object]) -> QuantizationMeta:
+    for part in AUTO_ROUND_ROTATIONS:
+        if config_fields.mapping(fields, part):
+            raise CheckpointError(f"quantization_config.{part} asks for rotations, which are not read: {REQUANTIZE}")
     packing = config_fields.text(fields, "packing_format", "auto_round")
     stored_as = _choose(AUTO_ROUND_PACKINGS, {}, "packing_format", packing)
     has_exceptions = bool(config_fields.mapping(fields, "extra_config"))

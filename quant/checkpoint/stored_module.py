@@ -13,7 +13,9 @@ from kernels.layout import SUPPORTED_BITS, WHOLE_ROW, PackedWeight
 from quant.checkpoint.tensor_spec import TensorSpec
 from quant.errors import CheckpointError
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+# formats that store scales in the model's dtype
+SCALE_DTYPES = (*HALF_DTYPES, torch.float32)
 WORD_BITS = 32
 
 

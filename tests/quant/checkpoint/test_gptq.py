@@ -140,8 +140,9 @@ def test_the_tensors_decide_the_bits_and_the_groups_where_modules_differ(bits: i
     assert (spec.bits, spec.group_size, spec.shape) == (bits, 64, (32, 192))
 
 
-def test_bfloat16_scales_are_read_as_they_are() -> None:
-    weight = random_weight(32, 128, 32, scale_dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scales_are_read_in_the_dtype_of_the_model_that_was_quantized(dtype: torch.dtype) -> None:
+    weight = random_weight(32, 128, 32, scale_dtype=dtype)
 
     assert_same_weight(read_tensors(pack_v2(weight), meta_of(V2)), weight)
 
@@ -167,7 +168,7 @@ def test_inputs_out_of_order_are_refused_with_what_to_do(order: Tensor) -> None:
     ("suffix", "wrong", "message"),
     [
         ("qweight", torch.zeros(16, 32).long(), r"layer\.qweight is int64 \[16, 32\]"),
-        ("scales", torch.ones(4, 32), r"layer\.scales is float32 \[4, 32\]"),
+        ("scales", torch.ones(4, 32).int(), r"layer\.scales is int32 \[4, 32\]; the format has a float type"),
         ("scales", torch.ones(4, 16).half(), r"layer\.scales is float16 \[4, 16\]; .*\[4, 32\]"),
         ("scales", torch.ones(3, 32).half(), r"layer\.qzeros is int32 \[4, 4\]; .*\[3, 4\]"),
         ("qzeros", torch.zeros(4, 2).int(), r"layer\.qzeros holds 32 codes in 2 words, 2 bits a code; 3, 4, 8 bits"),

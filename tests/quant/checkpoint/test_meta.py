@@ -139,6 +139,7 @@ def test_of_several_config_groups_only_what_they_share_is_claimed() -> None:
             {**AUTO_ROUND, "packing_format": "auto_round:llm_compressor"},
             "llm_compressor': it is not a known",
         ),
+        ({**AUTO_ROUND, "rotation_config": {"hadamard_type": "random"}}, "rotation_config asks for rotations"),
         ({**COMPRESSED, "config_groups": {}}, "has no config_groups"),
         ({**COMPRESSED, "format": "float-quantized"}, "group_0 has format 'float-quantized'; only pack-quantized"),
         ({**COMPRESSED, **change_weights(num_bits=2)}, "group_0 has 2 bits; supported: 3, 4, 8"),

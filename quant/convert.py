@@ -13,8 +13,8 @@ from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 
 # the weights, in this or another format, are what is written anew
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLE_SUFFIXES)
-# written anew, or of the source's format only
-REWRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, *OLD_SETTINGS)
+# written anew, or of the source's format only; AutoRound leaves a copy of its settings in the last one
+REWRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, *OLD_SETTINGS, "quantization_config.json")
 HEAD = "lm_head"
 
 

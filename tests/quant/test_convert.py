@@ -25,6 +25,10 @@ from tests.quant.checkpoint.test_gptq import pack_v2
 AWQ, COMPRESSED = OutputFormat.AWQ, OutputFormat.COMPRESSED_TENSORS
 FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 SIDE_FILES = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "README.md": b"# card", "modeling.py": b"1"}
+# settings of the source's format, weights in another one, and what is not the model's
+LEFT_BEHIND = dict.fromkeys(
+    ("quantize_config.json", "quant_config.json", "quantization_config.json", "pytorch_model.bin", ".hidden"), b"{}"
+)
 Weights = dict[str, PackedWeight]
 
 
@@ -64,12 +68,7 @@ def save_foreign(
     index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": fields}))
-    for name, content in {
-        **SIDE_FILES,
-        "quantize_config.json": b"{}",
-        "pytorch_model.bin": b"",
-        ".hidden": b"",
-    }.items():
+    for name, content in {**SIDE_FILES, **LEFT_BEHIND}.items():
         (directory / name).write_bytes(content)
     return directory
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import cpu, cpu_attention
 from kernels.cpu_attention import CpuAttentionPlan
-from kernels.layout import PackedWeight, WeightLayout, repack_int4_cpu, repack_planar
+from kernels.layout import NIBBLE_BITS, PackedWeight, WeightLayout, repack_int4_cpu, repack_planar
 from kernels.paged_batch import AttentionBatch, PagedLayer
 
 # up to here the GPU kernel for few rows (decode) is used, above the one for many (prefill)
@@ -26,10 +26,15 @@ def runtime_layout(device: torch.device) -> WeightLayout:
     raise ValueError(f"there are no kernels for the device {device}; use cpu or cuda")
 
 
+def has_packed_kernel(weight: PackedWeight) -> bool:
+    """Whether a kernel multiplies with the weight as it is packed; one of 8 bits is to be dequantized instead."""
+    return weight.bits in NIBBLE_BITS
+
+
 def prepare_weight(weight: PackedWeight, device: torch.device) -> PackedWeight:
     """A ROW_MAJOR weight, in the layout that the device's kernels read, on the device.
 
-    Raises ValueError for a device without kernels, or a group size its kernels do not read.
+    Raises ValueError for a device without kernels, or bits or a group size that its kernels do not read.
     """
     if runtime_layout(device) is WeightLayout.INT4_CPU:
         return repack_int4_cpu(weight)

@@ -9,7 +9,12 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-SUPPORTED_BITS = (4,)
+SUPPORTED_BITS = (3, 4, 8)
+# 3-bit codes lie in nibbles too, so that every 4-bit kernel reads them
+NIBBLE_BITS = (3, 4)
+BITS_PER_WORD = 32
+# the group size that stands for K, one scale a row, where a model's K is not known yet: in recipes and configs
+WHOLE_ROW = -1
 AWQ_COLUMNS_PER_WORD = 8
 # column held by nibble i (from the low end) of an AWQ gemm word: AutoAWQ awq/utils/packing_utils.py
 AWQ_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -18,12 +23,16 @@ PLANAR_BLOCK = 128
 PLANAR_WORD_ROWS = PLANAR_BLOCK // 4
 # columns are padded to the widest tile of kernels/tiles.py, so that a kernel never reads past a row of words
 PLANAR_COLUMN_MULTIPLE = 128
+# group sizes that the kernels read; a multiple of one of them repeats its scales
 PLANAR_GROUP_SIZES = (32, 64, 128)
 
 # torch's CPU op reads blocks of columns as wide as four vector registers; 64 is whole blocks on every instruction set
 INT4_CPU_COLUMN_MULTIPLE = 64
-# group sizes that torch's CPU op reads, widest first; a multiple of one of them repeats its scales
-INT4_CPU_GROUP_SIZES = (256, 128, 64, 32)
+# group sizes that torch's CPU op reads; a multiple of one of them repeats its scales
+INT4_CPU_GROUP_SIZES = (32, 64, 128, 256)
+# the tile of AutoAWQ's gemv_fast layout: rows whose codes alternate, and inputs of each in one run of words
+GEMV_FAST_ROWS = 4
+GEMV_FAST_INPUTS = 64
 # neighbouring outputs whose codes are the low nibbles of neighbouring bytes, by torch's CPU capability; 1 for others
 INT4_CPU_RUNS = {"AVX512": 32, "AVX2": 16}
 
@@ -32,7 +41,8 @@ class WeightLayout(Enum):
     """How `PackedWeight.codes` is arranged. Checkpoints are read into ROW_MAJOR; kernels read the others."""
 
     ROW_MAJOR = "row_major"
-    """uint8 [N, ceil(K / 2)]: byte b of a row holds k = 2b in its low nibble and k = 2b + 1 in its high one."""
+    """Codes of 3 or 4 bits: uint8 [N, ceil(K / 2)], byte b of a row holds k = 2b in its low nibble and k = 2b + 1 in
+    its high one. Codes of 8 bits: uint8 [N, K]."""
 
     PLANAR = "planar"
     """What the Triton kernels read: int16 [ceil(K / 128) * 32, N'], where word (32b + r, n) holds k = 128b + 32j + r
@@ -51,7 +61,7 @@ class PackedWeight:
     """A linear layer's quantized weight: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
     codes: arranged as `layout` says. In ROW_MAJOR, scales is float [N, G] and zeros uint8 [N, G] (the true zero
-    point, 0 .. 2**bits - 1); the run-time layouts document their own.
+    point, 0 .. 2**bits - 1); the run-time layouts document their own. One scale a row is group_size = K.
     """
 
     codes: Tensor
@@ -78,11 +88,8 @@ def pack(plain: GroupCodes) -> PackedWeight:
     """Pack plain codes into ROW_MAJOR. Raises ValueError when a shape, a dtype or a code is out of range."""
     _check_plain(plain)
     num_rows, num_columns = plain.codes.shape
-    codes = plain.codes
-    if num_columns % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
     return PackedWeight(
-        codes=(codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous(),
+        codes=_pack_nibbles(plain.codes) if plain.bits in NIBBLE_BITS else plain.codes.contiguous(),
         scales=plain.scales.contiguous(),
         zeros=plain.zeros.contiguous(),
         shape=(num_rows, num_columns),
@@ -96,10 +103,10 @@ def unpack(weight: PackedWeight) -> GroupCodes:
     """The inverse of `pack`. Raises ValueError for a layout that is not ROW_MAJOR."""
     if weight.layout is not WeightLayout.ROW_MAJOR:
         raise ValueError(f"unpack reads the row_major layout, not {weight.layout.value}")
-    num_rows, num_columns = weight.shape
-    nibbles = torch.stack((weight.codes & 0xF, weight.codes >> 4), dim=-1).reshape(num_rows, -1)
+    num_columns = weight.shape[1]
+    codes = _unpack_nibbles(weight.codes) if weight.bits in NIBBLE_BITS else weight.codes
     return GroupCodes(
-        codes=nibbles[:, :num_columns].contiguous(),
+        codes=codes[:, :num_columns].contiguous(),
         scales=weight.scales,
         zeros=weight.zeros,
         bits=weight.bits,
@@ -136,16 +143,16 @@ def concatenate_rows(weights: list[PackedWeight]) -> PackedWeight:
 def repack_planar(weight: PackedWeight) -> PackedWeight:
     """ROW_MAJOR to PLANAR, the run-time layout of the Triton kernels (see `WeightLayout`); codes do not change.
 
-    Raises ValueError for another layout, or a group size that does not tile the 128 rows of a block.
+    A group size that is a multiple of what the kernels read becomes the largest of those, its scales repeated. Raises
+    ValueError for another layout, codes of 8 bits, or groups that are no multiple of 32.
     """
-    if weight.group_size not in PLANAR_GROUP_SIZES:
-        raise ValueError(f"the planar layout holds groups of {PLANAR_GROUP_SIZES}, not of {weight.group_size}")
-    plain = unpack(weight)
+    group_size = _kernel_group_size(weight, PLANAR_GROUP_SIZES, "the planar layout")
+    plain = _split_groups(unpack(weight), group_size)
     num_rows, num_columns = weight.shape
     pad_rows = -num_rows % PLANAR_COLUMN_MULTIPLE
     pad_columns = -num_columns % PLANAR_BLOCK
     # whole groups: the group size divides both K and the block
-    pad_groups = pad_columns // weight.group_size
+    pad_groups = pad_columns // group_size
     scales, zeros = (
         torch.nn.functional.pad(values, (0, pad_groups, 0, pad_rows)) for values in (plain.scales, plain.zeros)
     )
@@ -159,7 +166,7 @@ def repack_planar(weight: PackedWeight) -> PackedWeight:
         zeros=zeros.t().contiguous().to(torch.int16),
         shape=weight.shape,
         bits=weight.bits,
-        group_size=weight.group_size,
+        group_size=group_size,
         layout=WeightLayout.PLANAR,
     )
 
@@ -188,22 +195,19 @@ def unpack_planar(weight: PackedWeight) -> PackedWeight:
 def repack_int4_cpu(weight: PackedWeight) -> PackedWeight:
     """A ROW_MAJOR weight on the CPU as INT4_CPU. The codes are kept exactly; the scales are rounded to bf16.
 
-    Raises ValueError when the group size is no multiple of 32.
+    Raises ValueError for codes of 8 bits, or when the group size is no multiple of 32.
     """
-    plain = unpack(weight)
+    op_group_size = _kernel_group_size(weight, INT4_CPU_GROUP_SIZES, "the CPU kernel")
+    plain = _split_groups(unpack(weight), op_group_size)
     num_rows = weight.shape[0]
-    op_group_size = next((size for size in INT4_CPU_GROUP_SIZES if weight.group_size % size == 0), None)
-    if op_group_size is None:
-        raise ValueError(f"the CPU kernel reads group sizes that are multiples of 32, not {weight.group_size}")
     num_padding_rows = -num_rows % INT4_CPU_COLUMN_MULTIPLE
     codes = torch.nn.functional.pad(plain.codes.to(torch.int32), (0, 0, 0, num_padding_rows))
     scales = plain.scales.to(torch.bfloat16).float()
     # of the rounded scale, so that a code equal to its zero point stays nearest to 0
     offsets = (8 - plain.zeros.float()) * scales
-    scales_and_offsets = torch.stack((scales, offsets), dim=-1).repeat_interleave(
-        weight.group_size // op_group_size, dim=1
+    scales_and_offsets = torch.nn.functional.pad(
+        torch.stack((scales, offsets), dim=-1), (0, 0, 0, 0, 0, num_padding_rows)
     )
-    scales_and_offsets = torch.nn.functional.pad(scales_and_offsets, (0, 0, 0, 0, 0, num_padding_rows))
     packed_scales = scales_and_offsets.transpose(0, 1).contiguous().to(torch.bfloat16)
     repacked = PackedWeight(
         codes=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
@@ -231,6 +235,40 @@ def unpack_int4_cpu(weight: PackedWeight) -> Tensor:
     return torch.stack((runs & 0xF, runs >> 4), dim=-2).reshape(num_columns, -1)
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] codes as int32 words [R, ceil(C * bits / 32)]: dense, in natural order, from the low end.
+
+    A row of words is one stream of bits: a code of 3 bits may lie in two words. GPTQ and compressed-tensors pack so.
+    """
+    num_rows, num_columns = codes.shape
+    # 32 codes fill `bits` words
+    padded = torch.nn.functional.pad(codes, (0, -num_columns % BITS_PER_WORD))
+    if bits == 3:
+        shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=codes.device)
+        triples = (padded.reshape(num_rows, -1, 8).to(torch.int32) << shifts).sum(dim=-1, dtype=torch.int32)
+        stream = triples[..., None].view(torch.uint8)[..., :3].reshape(num_rows, -1)
+    else:
+        stream = _pack_nibbles(padded) if bits == 4 else padded
+    # the bytes of an int32 start at its low end on every machine that torch runs on
+    words = stream.flatten().view(torch.int32).view(num_rows, -1)
+    return words[:, : -(-num_columns * bits // BITS_PER_WORD)].contiguous()
+
+
+def unpack_words(words: Tensor, bits: int, num_columns: int) -> Tensor:
+    """The inverse of `pack_words`: int32 [R, ceil(C * bits / 32)] to uint8 [R, C] for C = num_columns."""
+    num_rows = words.shape[0]
+    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
+    stream = padded.flatten().view(torch.uint8).view(num_rows, -1)
+    if bits == 3:
+        shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=words.device)
+        low, middle, high = stream.reshape(num_rows, -1, 3).to(torch.int32).unbind(dim=-1)
+        triples = low | (middle << 8) | (high << 16)
+        codes = ((triples[..., None] >> shifts) & 0b111).to(torch.uint8).reshape(num_rows, -1)
+    else:
+        codes = _unpack_nibbles(stream) if bits == 4 else stream
+    return codes[:, :num_columns].contiguous()
+
+
 def pack_awq_words(codes: Tensor) -> Tensor:
     """uint8 [R, N] of 4-bit codes to the int32 [R, N / 8] words of the AWQ gemm format.
 
@@ -241,20 +279,68 @@ def pack_awq_words(codes: Tensor) -> Tensor:
         raise ValueError(f"the AWQ gemm format packs 8 output columns a word; N={num_columns} is no multiple of 8")
     if codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"a 4-bit code is 0 to 15; found {int(codes.max())}")
-    columns = codes.reshape(num_rows, -1, AWQ_COLUMNS_PER_WORD)[..., list(AWQ_NIBBLE_ORDER)].to(torch.int64)
-    shifts = torch.arange(0, 32, 4, device=codes.device)
-    words = (columns << shifts).sum(dim=-1)
-    # two's complement by hand: a word with nibble 7 over 7 is negative as int32
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    columns = codes.reshape(num_rows, -1, AWQ_COLUMNS_PER_WORD)[..., list(AWQ_NIBBLE_ORDER)]
+    return pack_words(columns.reshape(num_rows, num_columns), bits=4)
 
 
 def unpack_awq_words(words: Tensor) -> Tensor:
     """The inverse of `pack_awq_words`: int32 [R, N / 8] to uint8 [R, N]."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-    nibbles = (words[..., None] >> shifts) & 0xF
+    num_columns = words.shape[1] * AWQ_COLUMNS_PER_WORD
+    nibbles = unpack_words(words, 4, num_columns).reshape(-1, words.shape[1], AWQ_COLUMNS_PER_WORD)
     columns = torch.empty_like(nibbles)
     columns[..., list(AWQ_NIBBLE_ORDER)] = nibbles
-    return columns.reshape(words.shape[0], -1).to(torch.uint8)
+    return columns.reshape(words.shape[0], -1)
+
+
+def unpack_gemv_fast_words(words: Tensor) -> Tensor:
+    """The int16 [N / 4, K] words of AutoAWQ's gemv_fast layout (and llm-awq's) to uint8 codes [N, K].
+
+    Four rows share a row of words: 16 words hold 64 inputs of the first, the next 16 those of the second, and so on.
+    Source: llm-awq awq/quantize/qmodule.py, pack_intweight, interleave 4.
+    """
+    num_inputs = words.shape[1]
+    # [row of words, run of 64 inputs, row, half of the run, a, nibble], where a nibble's t = AWQ_NIBBLE_ORDER[nibble]
+    # holds input 8 * (t // 2) + 2 * a + t % 2 of its half
+    nibbles = _unpack_nibbles(words.flatten().view(torch.uint8)).reshape(
+        -1, num_inputs // GEMV_FAST_INPUTS, GEMV_FAST_ROWS, 2, 4, 8
+    )
+    ordered = torch.empty_like(nibbles)
+    ordered[..., list(AWQ_NIBBLE_ORDER)] = nibbles
+    tiles = ordered.view(*ordered.shape[:-1], 4, 2).permute(0, 2, 1, 3, 5, 4, 6)
+    return tiles.reshape(-1, num_inputs)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [R, C] of codes under 16 to uint8 [R, ceil(C / 2)]: the even column in the low nibble."""
+    padded = torch.nn.functional.pad(codes, (0, 1)) if codes.shape[1] % 2 else codes
+    return padded[:, 0::2] | (padded[:, 1::2] << 4)
+
+
+def _unpack_nibbles(data: Tensor) -> Tensor:
+    """uint8 [R, B] to uint8 [R, 2B]: the low nibble first."""
+    return torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)
+
+
+def _kernel_group_size(weight: PackedWeight, sizes: tuple[int, ...], reader: str) -> int:
+    """The largest of `sizes` that divides the weight's groups; ValueError when `reader` cannot hold the weight."""
+    if weight.bits not in NIBBLE_BITS:
+        raise ValueError(f"{reader} holds codes of {NIBBLE_BITS} bits, not of {weight.bits}: dequantize the weight")
+    fitting = [size for size in sizes if weight.group_size % size == 0]
+    if not fitting:
+        raise ValueError(f"{reader} reads group sizes that are multiples of {sizes[0]}, not {weight.group_size}")
+    return fitting[-1]
+
+
+def _split_groups(plain: GroupCodes, group_size: int) -> GroupCodes:
+    """The same weight in smaller groups: scales and zeros repeated."""
+    repeats = plain.group_size // group_size
+    return GroupCodes(
+        codes=plain.codes,
+        scales=plain.scales.repeat_interleave(repeats, dim=1),
+        zeros=plain.zeros.repeat_interleave(repeats, dim=1),
+        bits=plain.bits,
+        group_size=group_size,
+    )
 
 
 def _check_plain(plain: GroupCodes) -> None:

@@ -2,9 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -13,43 +10,45 @@ import typer
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
-from quant.errors import QuantError, RecipeError
+from quant.checkpoint.output_format import OutputFormat
+from quant.cli_checkpoint import convert_command, inspect_command
+from quant.errors import RecipeError
 from quant.evaluate import EvalOptions, evaluate_checkpoint, render
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
-from quant.recipe import GROUP_SIZES, Method, Recipe
+from quant.recipe import GROUP_SIZES, ROW, Method, Recipe
 from quant.report import layer_table, summary_table
+from quant.terminal import PROGRAM, ProgressFormat, exit_codes
 
-PROGRAM = "awq-serve"
 AUTO = "auto"
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 
 
-class ProgressFormat(StrEnum):
-    """How progress is told: a bar on stderr for people, JSON lines on stdout for programs."""
-
-    RICH = "rich"
-    JSON = "json"
+app.command("convert")(convert_command)
+app.command("inspect")(inspect_command)
 
 
 @app.callback()
 def describe() -> None:
-    """Quantize a language model to 4-bit AWQ, and measure what that costs."""
+    """Quantize a language model to 3, 4 or 8 bits, and measure what that costs."""
 
 
 @app.command("quantize")
 def quantize_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="model directory, .gguf file, or hub name")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="directory to create; must not exist")],
-    bits: Annotated[int, typer.Option(help="bits per weight")] = Recipe.bits,
+    bits: Annotated[int, typer.Option(help="bits per weight: 3, 4 or 8")] = Recipe.bits,
     group_size: Annotated[
-        str, typer.Option(help="input channels per scale: 128, 64, 32, or auto (the largest that fits)")
+        str, typer.Option(help="input channels per scale: 128, 64, 32, row, or auto (the largest that fits)")
+    ] = AUTO,
+    output_format: Annotated[
+        str, typer.Option("--format", help="awq, compressed-tensors, or auto: awq for 4 bits, the other for 3 and 8")
     ] = AUTO,
     method: Annotated[Method, typer.Option(help="awq searches scales and ranges; rtn rounds plainly")] = Recipe.method,
     calib: Annotated[
@@ -80,8 +79,10 @@ def quantize_command(
         awq-serve quantize ./model ./model-awq --calib wikitext:0.5,self:0.5 --max-kl 0.2
 
         awq-serve quantize ./model ./model-rtn --method rtn --no-eval
+
+        awq-serve quantize ./model ./model-w8 --bits 8 --group-size row
     """
-    with _exit_codes(progress_format):
+    with exit_codes(progress_format):
         recipe = Recipe(
             method=method,
             bits=bits,
@@ -92,6 +93,7 @@ def quantize_command(
             num_windows=0 if no_eval else Recipe.num_windows,
             seed=seed,
             max_kl=max_kl,
+            format=_parse_format(output_format),
         )
         _run(recipe, resolve_model(source), output, progress_format)
 
@@ -114,7 +116,7 @@ def eval_command(
 
         awq-serve eval ./smollm2-awq --against ./SmolLM2-135M-Instruct --text wikitext2-test.raw
     """
-    with _exit_codes(ProgressFormat.RICH):
+    with exit_codes(ProgressFormat.RICH):
         options = EvalOptions(checkpoint, against, text, windows, window_tokens)
         with progress_bar(Console(stderr=True)) as listener:
             table = evaluate_checkpoint(options, listener)
@@ -148,32 +150,22 @@ def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFo
     console.print(f"written to {output}", soft_wrap=True)
 
 
-@contextmanager
-def _exit_codes(progress_format: ProgressFormat) -> Iterator[None]:
-    """Bad input and failures become one sentence and an exit code; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except QuantError as error:
-        _tell_failure(str(error), progress_format)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        _tell_failure("interrupted; nothing was written", progress_format)
-        raise typer.Exit(EXIT_INTERRUPTED) from error
-
-
-def _tell_failure(message: str, progress_format: ProgressFormat) -> None:
-    if progress_format is ProgressFormat.JSON:
-        JsonLines(sys.stdout).on_failed(message)
-    else:
-        Console(stderr=True).print(f"{PROGRAM}: {message}", style="red", markup=False, soft_wrap=True)
-
-
 def _parse_group_size(text: str) -> int | None:
     if text == AUTO:
         return None
+    if text == ROW:
+        return WHOLE_ROW
     if not text.isdecimal():
-        raise RecipeError(f"group size is {text!r}; supported: {AUTO}, {', '.join(map(str, GROUP_SIZES))}")
+        raise RecipeError(f"group size is {text!r}; supported: {AUTO}, {', '.join(map(str, GROUP_SIZES))}, {ROW}")
     return int(text)
+
+
+def _parse_format(text: str) -> OutputFormat | None:
+    if text == AUTO:
+        return None
+    if text not in list(OutputFormat):
+        raise RecipeError(f"format is {text!r}; supported: {AUTO}, {', '.join(OutputFormat)}")
+    return OutputFormat(text)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:

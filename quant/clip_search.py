@@ -37,8 +37,8 @@ def search_range(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange
 
 
 def _search_rows(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange:
-    group_size = grouping.group_size
-    widest = full_range(weight, group_size)
+    widest = full_range(weight, grouping.group_size)
+    group_size = weight.shape[-1] // widest.low.shape[-1]
     candidates = _every_pair()
     difference = weight - round_onto(weight, grid_of(widest, grouping.bits), grouping.bits)
     low, high = widest.low.clone(), widest.high.clone()

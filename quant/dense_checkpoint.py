@@ -64,7 +64,7 @@ def load_dense(directory: Path) -> PreTrainedModel:
 
 def _dense_tensors(reader: CheckpointReader) -> dict[str, Tensor]:
     quantized = reader.quantized_module_names
-    packed_names = {f"{name}.{suffix}" for name in quantized for suffix in ("qweight", "qzeros", "scales")}
+    packed_names = {tensor for name in quantized for tensor in reader.packed_tensor_names(name)}
     tensors = {name: reader.read_tensor(name) for name in reader.tensor_names if name not in packed_names}
     for name in quantized:
         tensors[f"{name}.weight"] = dequantize(reader.read_packed(name))

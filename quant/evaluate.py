@@ -208,17 +208,16 @@ def render(table: EvalTable) -> Table:
 
 
 def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrainedModel:
-    """The original with the modules that the checkpoint quantizes rounded plainly, at its bits and group size."""
-    if reader.meta is None:
-        raise CheckpointError(f"{reader.directory} is not quantized")
+    """The original with the modules that the checkpoint quantizes rounded plainly, at their bits and group sizes."""
     rounded = copy.deepcopy(original)
     linears = [name for name, module in rounded.named_modules() if isinstance(module, nn.Linear)]
     names = {stored: name for name, stored in stored_modules(original, linears).items()}
     for name in reader.quantized_module_names:
         if name not in names:
             raise SourceError(f"the original has no module {name}: it is another model than the checkpoint's")
+        spec = reader.packed_spec(name)
         weight = rounded.get_parameter(f"{names[name]}.weight")
-        weight.copy_(round_plainly(weight, reader.meta.group_size, reader.meta.bits))
+        weight.copy_(round_plainly(weight, spec.group_size, spec.bits))
     return rounded
 
 

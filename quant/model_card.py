@@ -11,8 +11,10 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub.repocard import metadata_load
 
+from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import without_directories
-from quant.recipe import Method
+from quant.checkpoint.output_format import OutputFormat
+from quant.recipe import ROW, Method
 from quant.report import HeldOutQuality, Report, describe_origins
 
 CARD_FILE = "README.md"
@@ -63,10 +65,13 @@ def _front_matter(report: Report, licence: Mapping[str, str]) -> str:
 
 def _introduction(report: Report, name: str) -> str:
     how = "plain rounding" if report.recipe.method is Method.RTN else report.recipe.method.value
+    is_awq = report.recipe.output_format is OutputFormat.AWQ
+    format_name = "AWQ `gemm`" if is_awq else "compressed-tensors `pack-quantized`"
+    groups = "one scale a row" if report.group_size == WHOLE_ROW else f"groups of {report.group_size}"
     return (
         f"# {name}\n\n"
-        f"{_published_source(report)} with the weights of its blocks in {report.recipe.bits} bits: AWQ `gemm` format, "
-        f"groups of {report.group_size}, {report.bits_per_weight:.2f} bits a weight with scales and zero points. "
+        f"{_published_source(report)} with the weights of its blocks in {report.recipe.bits} bits: {format_name} "
+        f"format, {groups}, {report.bits_per_weight:.2f} bits a weight with scales and zero points. "
         f"Made with `{PROGRAM} quantize` ({how})."
     )
 
@@ -101,9 +106,10 @@ def _recipe(report: Report, name: str) -> str:
 def recipe_options(report: Report) -> list[str]:
     """The command line's options that make this recipe; the group size is the one that `auto` came to."""
     recipe = report.recipe
+    group_size = ROW if report.group_size == WHOLE_ROW else str(report.group_size)
     options = [
-        *("--method", recipe.method.value, "--bits", str(recipe.bits), "--group-size", str(report.group_size)),
-        *("--seed", str(recipe.seed)),
+        *("--method", recipe.method.value, "--bits", str(recipe.bits), "--group-size", group_size),
+        *("--format", recipe.output_format.value, "--seed", str(recipe.seed)),
     ]
     if recipe.method is Method.AWQ:
         options += ["--calib", without_directories(recipe.calibration)]

@@ -7,10 +7,9 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import AWQ_COLUMNS_PER_WORD
 from quant.block import BlockPlan
 from quant.block_groups import groups_of
-from quant.errors import RecipeError, SourceError
+from quant.errors import SourceError
 from quant.model_structure import BlockStack, find_blocks
 from quant.recipe import Recipe, choose_group_size
 from quant.scale_groups import ROUTER_NAMES, linear_of, rows_of
@@ -51,7 +50,6 @@ def plan_model(recipe: Recipe, model: PreTrainedModel) -> ModelPlan:
     if not linears:
         raise SourceError(f"model type {model_type!r} has no linear layer in its blocks to quantize")
     group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
-    _check_out_features(linears)
     grouping = Grouping(recipe.bits, group_size)
     return ModelPlan(stack, {name: BlockPlan(own, grouping) for name, own in groups.items()}, grouping)
 
@@ -87,13 +85,3 @@ def plain_names(plan: ModelPlan, model: PreTrainedModel) -> tuple[str, ...]:
 
 def _is_router(name: str, module: nn.Module) -> bool:
     return name.rpartition(".")[2] in ROUTER_NAMES and hasattr(module, "weight")
-
-
-def _check_out_features(linears: Mapping[str, nn.Linear]) -> None:
-    """Raises RecipeError naming the first layer whose outputs do not fill the words of the AWQ gemm format."""
-    for name, linear in linears.items():
-        if linear.out_features % AWQ_COLUMNS_PER_WORD:
-            raise RecipeError(
-                f"{name} has {linear.out_features} outputs, and the AWQ gemm format packs "
-                f"{AWQ_COLUMNS_PER_WORD} of them a word: this model cannot be written in it"
-            )

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import PackedWeight
+from kernels.layout import WHOLE_ROW, PackedWeight
 from quant.block import check_finite, round_block_plainly
 from quant.block_groups import share_inputs
 from quant.block_search import search_block
 from quant.calibration import CalibrationTokens, calibration_tokens, read_texts
 from quant.capture import embed
 from quant.checkpoint.location import recorded_name
-from quant.checkpoint.meta import awq_gemm_meta
+from quant.checkpoint.output_format import check_fits
+from quant.checkpoint.stored_module import PackedSpec, bits_per_weight
 from quant.checkpoint.writer import CheckpointWriter, check_place
 from quant.held_out import check_quality, measure_held_out, predict_held_out
 from quant.model_card import CARD_FILE, model_card, read_licence
@@ -26,9 +27,9 @@ from quant.model_structure import stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Method, Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report
+from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import linear_of
-from quant.scale_search import Grouping
 from quant.source import SourceModel, open_source
 
 
@@ -67,9 +68,11 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     source = open_source(source_path)
     meter.report("load", 1, 1)
     plan = plan_model(recipe, source.model)
+    planned = planned_modules(source.model, plan)
+    check_fits(recipe.output_format, planned)
     files = source.side_files()
-    num_bytes = expected_bytes(source.model, plan) + sum(map(len, files.values()))
-    with CheckpointWriter(out, expected_bytes=num_bytes) as writer:
+    num_bytes = expected_bytes(source.model, planned) + sum(map(len, files.values()))
+    with CheckpointWriter(out, expected_bytes=num_bytes, output_format=recipe.output_format) as writer:
         job = Job(recipe, source, plan, writer, meter)
         tokens = calibration_tokens(recipe, source, texts, _steps_of(meter)) if recipe.method is Method.AWQ else None
         measure = _measuring(job)
@@ -83,27 +86,32 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
             layers=numbers.layers,
             blocks=numbers.blocks,
             held_out=measure(),
-            bits_per_weight=bits_per_weight(plan.grouping),
+            bits_per_weight=bits_per_weight(planned.values()),
             notes=shortcomings(plan, source.model),
             seconds=time.monotonic() - start_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         card = model_card(report, out.name, read_licence(source_path))
         made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card}
-        writer.commit(_checkpoint_config(source, plan), files={**files, **made})
+        writer.commit(_checkpoint_config(job), files={**files, **made})
     return report
 
 
-def bits_per_weight(grouping: Grouping) -> float:
-    """A weight's code, and its share of its group's float16 scale and zero point."""
-    return grouping.bits + (16 + grouping.bits) / grouping.group_size
+def planned_modules(model: PreTrainedModel, plan: ModelPlan) -> dict[str, PackedSpec]:
+    """What each linear that is quantized will be stored as, by its full name."""
+    modules = {}
+    for name in plan.linear_names():
+        num_outputs, num_inputs = linear_of(model, name).weight.shape
+        group_size = num_inputs if plan.grouping.group_size == WHOLE_ROW else plan.grouping.group_size
+        modules[name] = PackedSpec(num_outputs, num_inputs, plan.grouping.bits, group_size, SCALE_DTYPE)
+    return modules
 
 
-def expected_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
+def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec]) -> int:
     """What the checkpoint's tensors will take on disk."""
-    num_quantized = sum(linear_of(model, name).weight.numel() for name in plan.linear_names())
+    num_quantized = sum(spec.num_outputs * spec.num_inputs for spec in planned.values())
     num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
-    return round(num_quantized * bits_per_weight(plan.grouping) / 8) + num_plain * STORAGE_DTYPE.itemsize
+    return sum(spec.num_bits for spec in planned.values()) // 8 + num_plain * STORAGE_DTYPE.itemsize
 
 
 def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
@@ -184,8 +192,9 @@ def _measuring(job: Job) -> Callable[[], HeldOutQuality | None]:
     return measure
 
 
-def _checkpoint_config(source: SourceModel, plan: ModelPlan) -> dict[str, object]:
+def _checkpoint_config(job: Job) -> dict[str, object]:
     """The source's config with what was done to it; every linear that stayed as it was is listed by its full name."""
-    names = tuple(stored_modules(source.model, plain_names(plan, source.model)).values())
-    meta = awq_gemm_meta(plan.grouping.bits, plan.grouping.group_size, names)
-    return {**source.checkpoint_config(STORAGE_DTYPE), "quantization_config": meta.to_config()}
+    model = job.source.model
+    kept = list(stored_modules(model, plain_names(job.plan, model)).values())
+    config = job.source.checkpoint_config(STORAGE_DTYPE)
+    return {**config, "quantization_config": job.writer.quantization_config(kept)}

@@ -5,11 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kernels.layout import SUPPORTED_BITS
+from kernels.layout import SUPPORTED_BITS, WHOLE_ROW
 from quant.calibration_mix import SELF_CALIBRATION, parse_mix, row_counts
+from quant.checkpoint.output_format import OutputFormat
 from quant.errors import RecipeError
 
 GROUP_SIZES = (128, 64, 32)
+# how people write WHOLE_ROW
+ROW = "row"
+AWQ_BITS = 4
 # far beyond what any calibration gains from, and what memory holds
 MAX_SAMPLES = 65_536
 MAX_SAMPLE_TOKENS = 1_048_576
@@ -26,8 +30,10 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model.
+    """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model, WHOLE_ROW one
+    scale for each row of a weight.
 
+    format: how the checkpoint is written; None means AWQ where it can hold the bits, else compressed-tensors.
     calibration: "self" (the model writes its own text), a preset, a file's path, a hub data set, or a mix of them with
     shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each.
     num_windows: the result is measured on so many windows of the text that ships with the program; 0 measures nothing.
@@ -44,13 +50,19 @@ class Recipe:
     num_windows: int = 2
     seed: int = 0
     max_kl: float | None = None
+    format: OutputFormat | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
             raise RecipeError(f"bits is {self.bits}; supported: {', '.join(map(str, SUPPORTED_BITS))}")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+        if self.group_size not in (None, WHOLE_ROW, *GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))
-            raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}")
+            raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}, {ROW}")
+        if self.format is OutputFormat.AWQ and self.bits != AWQ_BITS:
+            raise RecipeError(
+                f"bits is {self.bits}, and the AWQ gemm format holds {AWQ_BITS} bits only; "
+                f"use --format {OutputFormat.COMPRESSED_TENSORS}"
+            )
         for name, value, smallest, largest in (
             ("calibration samples", self.num_samples, 1, MAX_SAMPLES),
             ("calibration tokens", self.sample_tokens, 1, MAX_SAMPLE_TOKENS),
@@ -70,12 +82,21 @@ class Recipe:
         if self.num_windows == 0:
             raise RecipeError("the highest KL is set, but nothing is measured: allow the measurement, or leave it out")
 
+    @property
+    def output_format(self) -> OutputFormat:
+        """The format asked for, or the one that holds the bits."""
+        if self.format is not None:
+            return self.format
+        return OutputFormat.AWQ if self.bits == AWQ_BITS else OutputFormat.COMPRESSED_TENSORS
+
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:
     """The group size for a model whose linears have these in features: the requested one, or the largest that fits.
 
-    Raises RecipeError naming the first layer that the size does not divide.
+    WHOLE_ROW fits every model. Raises RecipeError naming the first layer that the size does not divide.
     """
+    if requested == WHOLE_ROW:
+        return WHOLE_ROW
     candidates = GROUP_SIZES if requested is None else (requested,)
     for group_size in candidates:
         if all(size % group_size == 0 for size in in_features.values()):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
+from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import without_directories
 from quant.recipe import Recipe
 
@@ -66,6 +67,7 @@ class Report:
     """One finished quantization. bits_per_weight counts the quantized linears.
 
     source: what opens the original again, a hub name or an absolute path.
+    group_size: WHOLE_ROW (-1) where each row of a weight has one scale.
     notes: sentences about what was done less well than it could be.
     """
 
@@ -106,9 +108,11 @@ def layer_table(report: Report) -> Table:
 def summary_table(report: Report) -> Table:
     """The numbers of the whole model, one a row."""
     table = Table(show_header=False, box=None)
+    group_name = "one scale a row" if report.group_size == WHOLE_ROW else f"group size {report.group_size}"
     rows = {
         "source": report.source,
-        "method": f"{report.recipe.method.value}, {report.recipe.bits} bits, group size {report.group_size}",
+        "method": f"{report.recipe.method.value}, {report.recipe.bits} bits, {group_name}",
+        "format": str(report.recipe.output_format),
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "time": f"{report.seconds:.0f} s",
         "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.layout import GroupCodes
+from kernels.layout import WHOLE_ROW, GroupCodes
 
 # checkpoints hold scales in this dtype, so codes are chosen against values that it can hold
 SCALE_DTYPE = torch.float16
@@ -33,8 +33,9 @@ class GroupGrid:
 
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:
-    """[..., K] as [..., G, g]."""
-    return weight.reshape(*weight.shape[:-1], -1, group_size)
+    """[..., K] as [..., G, g]; WHOLE_ROW is one group of K."""
+    width = weight.shape[-1] if group_size == WHOLE_ROW else group_size
+    return weight.reshape(*weight.shape[:-1], -1, width)
 
 
 def full_range(weight: Tensor, group_size: int) -> GroupRange:

@@ -52,7 +52,7 @@ class SharedInput:
 
 @dataclass(frozen=True)
 class Grouping:
-    """How weights are rounded: `bits` a code, `group_size` input channels a scale."""
+    """How weights are rounded: `bits` a code, `group_size` input channels a scale (WHOLE_ROW: all of them)."""
 
     bits: int
     group_size: int

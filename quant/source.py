@@ -130,10 +130,7 @@ def check_directory(path: Path) -> None:
     """What can be said of a model directory before its weights are read; raises what open_source does."""
     reader = CheckpointReader.open(path)
     if reader.meta is not None:
-        raise SourceError(
-            f"{path} is quantized already ({reader.meta.quant_method}, {reader.meta.bits} bits); "
-            "give the original model"
-        )
+        raise SourceError(f"{path} is quantized already ({reader.meta.format}); give the original model")
     model_type = str(reader.config.get("model_type"))
     if "auto_map" in reader.config and model_type not in CONFIG_MAPPING:
         raise SourceError(

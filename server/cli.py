@@ -1,4 +1,4 @@
-"""The command `awq-serve`: serves in this process, and hands quantizing and evaluating to the quantizer's own."""
+"""The command `awq-serve`: serves in this process, and hands the quantizer's commands to a process of its own."""
 
 import logging
 import os
@@ -97,6 +97,18 @@ def quantize(context: typer.Context) -> None:
 def evaluate(context: typer.Context) -> None:
     """Measure a checkpoint against its original; `awq-serve eval --help` says how."""
     run_quantizer("eval", context.args)
+
+
+@app.command("convert", context_settings=PASSED_ON)
+def convert(context: typer.Context) -> None:
+    """Write a checkpoint in another format; `awq-serve convert --help` says how."""
+    run_quantizer("convert", context.args)
+
+
+@app.command("inspect", context_settings=PASSED_ON)
+def inspect(context: typer.Context) -> None:
+    """Print what a checkpoint holds; `awq-serve inspect --help` says how."""
+    run_quantizer("inspect", context.args)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from server.settings_flags import FLAGS
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 AWQ_SERVE = Path(sys.executable).parent / "awq-serve"
-SUBCOMMANDS = ("serve", "quantize", "eval")
+SUBCOMMANDS = ("serve", "quantize", "eval", "convert", "inspect")
 
 
 def commands(program: str) -> Iterator[tuple[Path, list[str]]]:

@@ -1,11 +1,10 @@
 """The AWQ gemm codec: packed weights to the tensors of the format and back. Pure: knows no file.
 
-Legend: N = out features, K = in features, G = groups along K. The format stores the transpose of the linear's weight:
-qweight int32 [K, N / 8], qzeros int32 [G, N / 8] (the true zero point), scales float16 or bfloat16 [G, N].
-Source: AutoAWQ awq/modules/linear/gemm.py and awq/utils/packing_utils.py.
+The format stores the transpose of the linear's weight: qweight int32 [K, N / 8], qzeros int32 [G, N / 8] (the true zero
+point), scales float16 or bfloat16 [G, N]. Source: AutoAWQ awq/modules/linear/gemm.py and awq/utils/packing_utils.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,90 +18,69 @@ from kernels.layout import (
     unpack,
     unpack_awq_words,
 )
-from quant.checkpoint.tensor_spec import TensorSpec
-from quant.errors import CheckpointError, QuantizationError
+from quant.checkpoint.meta import QuantizationMeta
+from quant.checkpoint.stored_module import (
+    HALF_DTYPES,
+    PackedSpec,
+    StoredModule,
+    check_claimed_group_size,
+    check_scales,
+    group_size_of,
+)
+from quant.errors import QuantizationError
 
 BITS = 4
 SUFFIXES = ("qweight", "qzeros", "scales")
-SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class AwqGemmTensors:
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
+def encode(weight: PackedWeight) -> dict[str, Tensor]:
+    """A ROW_MAJOR 4-bit weight as the format's tensors by suffix, scales in float16.
 
-
-def encode(weight: PackedWeight) -> AwqGemmTensors:
-    """A ROW_MAJOR 4-bit weight as AWQ gemm tensors, scales in float16.
-
-    Raises ValueError when N is no multiple of 8, QuantizationError when a scale does not survive float16.
+    Raises ValueError for other bits or an N that is no multiple of 8, QuantizationError when float16 changes a scale.
     """
     plain = unpack(weight)
     if plain.bits != BITS:
         raise ValueError(f"the AWQ gemm format holds 4-bit codes, not {plain.bits}-bit ones")
     scales = plain.scales.T.to(torch.float16).contiguous()
-    if not torch.isfinite(scales).all() or bool(((scales == 0) & (plain.scales.T != 0)).any()):
+    if not bool(torch.isfinite(scales).all()) or not torch.equal(scales.float(), plain.scales.T.float()):
         smallest, largest = (float(x) for x in plain.scales.float().abs().aminmax())
-        raise QuantizationError(f"scales from {smallest:.3g} to {largest:.3g} do not fit float16")
-    return AwqGemmTensors(
-        qweight=pack_awq_words(plain.codes.T.contiguous()),
-        qzeros=pack_awq_words(plain.zeros.T.contiguous()),
-        scales=scales,
-    )
-
-
-def decode(tensors: AwqGemmTensors, group_size: int, module_name: str) -> PackedWeight:
-    """The ROW_MAJOR weight held by a module's tensors; scales keep their dtype.
-
-    Raises CheckpointError naming the tensor when a shape, a dtype, the group count or a value is wrong.
-    """
-    specs = {
-        suffix: TensorSpec(tuple(tensor.shape), tensor.dtype)
-        for suffix, tensor in zip(SUFFIXES, (tensors.qweight, tensors.qzeros, tensors.scales), strict=True)
+        raise QuantizationError(
+            f"scales from {smallest:.3g} to {largest:.3g} do not fit float16 exactly, as the AWQ gemm format asks for"
+        )
+    return {
+        "qweight": pack_awq_words(plain.codes.T.contiguous()),
+        "qzeros": pack_awq_words(plain.zeros.T.contiguous()),
+        "scales": scales,
     }
-    check_specs(specs, group_size, module_name)
-    if not torch.isfinite(tensors.scales).all():
-        raise CheckpointError(f"{module_name}.scales holds values that are not finite; download the checkpoint again")
+
+
+def check(module: StoredModule, meta: QuantizationMeta) -> PackedSpec:
+    """What the module holds, from its headers. Raises CheckpointError naming the tensor that is wrong."""
+    qweight = module.require("qweight", 2, (torch.int32,), "int32 [K, N / 8]")
+    num_inputs, num_words = qweight.shape
+    num_outputs = num_words * AWQ_COLUMNS_PER_WORD
+    scales = module.require("scales", 2, HALF_DTYPES, f"float16 or bfloat16 [groups, {num_outputs}]")
+    num_groups = scales.shape[0]
+    module.require_shape("scales", (num_groups, num_outputs), HALF_DTYPES, f"beside qweight {list(qweight.shape)}")
+    module.require_shape("qzeros", (num_groups, num_words), (torch.int32,), f"beside scales {list(scales.shape)}")
+    group_size = group_size_of(module.name, num_inputs, num_groups)
+    spec = PackedSpec(num_outputs, num_inputs, BITS, group_size, scales.dtype)
+    check_claimed_group_size(module.name, spec, meta.group_size)
+    return spec
+
+
+def decode(module_name: str, tensors: Mapping[str, Tensor], spec: PackedSpec) -> PackedWeight:
+    """The ROW_MAJOR weight of a checked module's tensors; scales keep their dtype.
+
+    Raises CheckpointError when a scale is not finite.
+    """
+    check_scales(module_name, "scales", tensors["scales"])
     return pack(
         GroupCodes(
-            codes=unpack_awq_words(tensors.qweight).T.contiguous(),
-            scales=tensors.scales.T.contiguous(),
-            zeros=unpack_awq_words(tensors.qzeros).T.contiguous(),
-            bits=BITS,
-            group_size=group_size,
+            codes=unpack_awq_words(tensors["qweight"]).T.contiguous(),
+            scales=tensors["scales"].T.contiguous(),
+            zeros=unpack_awq_words(tensors["qzeros"]).T.contiguous(),
+            bits=spec.bits,
+            group_size=spec.group_size,
         )
     )
-
-
-def check_specs(specs: dict[str, TensorSpec], group_size: int, module_name: str) -> tuple[int, int]:
-    """Check the shapes and dtypes of a module's tensors, keyed by suffix, before any is loaded. Returns (N, K).
-
-    Raises CheckpointError naming the tensor.
-    """
-    for suffix in SUFFIXES:
-        if suffix not in specs:
-            raise CheckpointError(f"{module_name}.{suffix} is missing: the module has {', '.join(sorted(specs))}")
-    qweight = specs["qweight"]
-    if len(qweight.shape) != 2 or qweight.dtype != torch.int32:
-        raise _wrong(f"{module_name}.qweight", qweight, "int32 [K, N / 8]")
-    num_inputs, num_words = qweight.shape
-    if num_inputs % group_size:
-        raise CheckpointError(
-            f"{module_name}.qweight has K={num_inputs} rows, which group size {group_size} does not divide; "
-            "quantization_config.group_size is wrong for this file"
-        )
-    num_groups, num_outputs = num_inputs // group_size, num_words * AWQ_COLUMNS_PER_WORD
-    qzeros, scales = specs["qzeros"], specs["scales"]
-    if qzeros.shape != (num_groups, num_words) or qzeros.dtype != torch.int32:
-        raise _wrong(f"{module_name}.qzeros", qzeros, f"int32 {[num_groups, num_words]} at group size {group_size}")
-    if scales.shape != (num_groups, num_outputs) or scales.dtype not in SCALE_DTYPES:
-        expected = f"float16 or bfloat16 {[num_groups, num_outputs]} at group size {group_size}"
-        raise _wrong(f"{module_name}.scales", scales, expected)
-    return num_outputs, num_inputs
-
-
-def _wrong(tensor_name: str, spec: TensorSpec, expected: str) -> CheckpointError:
-    dtype = str(spec.dtype).removeprefix("torch.")
-    return CheckpointError(f"{tensor_name} is {dtype} {list(spec.shape)}; the AWQ gemm format has {expected}")

@@ -4,7 +4,6 @@ Whether a module is quantized is decided per module from the tensors that are th
 them. Loads no pickle, changes no file.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,14 +11,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kernels.layout import PackedWeight
-from quant.checkpoint import awq_gemm
-from quant.checkpoint.meta import AWQ, GEMM, QuantizationMeta, parse_meta
+from quant.checkpoint.codecs import CODECS, MARKERS, Codec
+from quant.checkpoint.meta import QuantizationMeta, parse_meta
+from quant.checkpoint.stored_module import PackedSpec, StoredModule
 from quant.checkpoint.tensor_files import StoredTensor, find_tensors, read_json_object
-from quant.checkpoint.tensor_spec import TensorSpec
 from quant.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-QUANTIZED_SUFFIX = "qweight"
+# where AutoGPTQ and AutoAWQ put their settings before config.json held them, and what they did not say: the method
+OLD_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 class CheckpointReader:
@@ -36,14 +36,17 @@ class CheckpointReader:
         self.config = config
         self.meta = meta
         self._tensors = tensors
+        # opened once: a file of a large model has a header of megabytes
+        self._files: dict[Path, safe_open] = {}
         self._names_by_module: dict[str, tuple[str, ...]] = {}
         for name in tensors:
             module_name = name.rpartition(".")[0]
             self._names_by_module[module_name] = (*self._names_by_module.get(module_name, ()), name)
+        self._packed = {name: self._check_module(name) for name in self._names_by_module if self.is_quantized(name)}
 
     @classmethod
     def open(cls, directory: Path) -> "CheckpointReader":
-        """Check the config, the index, every file's header and every quantized module's shapes.
+        """Check the config, the index, every file's header and every quantized module's shapes and order of inputs.
 
         Raises CheckpointError naming the file or the tensor, and what to do.
         """
@@ -57,14 +60,10 @@ class CheckpointReader:
             tensors = find_tensors(directory)
         except OSError as error:
             raise CheckpointError(f"{directory} cannot be read: {error}") from error
-        try:
-            meta = parse_meta(config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{config_file}: {error}") from error
-        reader = cls(directory, config, meta, tensors)
-        for module_name in reader.quantized_module_names:
-            reader.packed_shape(module_name)
-        return reader
+        meta = _parse_config(config_file, config)
+        if meta is None and any(name.endswith(MARKERS) for name in tensors):
+            meta = _read_old_settings(directory)
+        return cls(directory, config, meta, tensors)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -72,7 +71,7 @@ class CheckpointReader:
 
     @property
     def quantized_module_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self._names_by_module if self.is_quantized(name))
+        return tuple(self._packed)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).spec.shape
@@ -80,42 +79,63 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._find(name).spec.dtype
 
+    def num_bytes(self, name: str) -> int:
+        """What the tensor takes on disk."""
+        return self._find(name).spec.num_bytes
+
     def read_tensor(self, name: str) -> Tensor:
         """The tensor on the CPU, in its stored dtype. Raises CheckpointError when there is none of that name."""
-        with safe_open(self._find(name).file, framework="pt", device="cpu") as file:
-            tensor: Tensor = file.get_tensor(name)
+        file = self._find(name).file
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt", device="cpu")
+        tensor: Tensor = self._files[file].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
     def is_quantized(self, module_name: str) -> bool:
-        return f"{module_name}.{QUANTIZED_SUFFIX}" in self._tensors
+        return any(module_name + marker in self._tensors for marker in MARKERS)
 
     def tensor_names_of(self, module_name: str) -> tuple[str, ...]:
         """The full names of the tensors that belong to the module itself, not to its children."""
         return self._names_by_module.get(module_name, ())
 
-    def packed_shape(self, module_name: str) -> tuple[int, int]:
-        """(N, K) of a quantized module, from the headers alone. Raises CheckpointError when its tensors disagree."""
-        return awq_gemm.check_specs(self._specs_of(module_name), self._meta_for(module_name).group_size, module_name)
+    def packed_spec(self, module_name: str) -> PackedSpec:
+        """What a quantized module holds. Raises CheckpointError when the module is not quantized."""
+        if module_name not in self._packed:
+            raise CheckpointError(f"{self.directory} has no quantized module {module_name}")
+        return self._packed[module_name]
+
+    def packed_tensor_names(self, module_name: str) -> tuple[str, ...]:
+        """The full names of the tensors that make up a quantized module's weight: neither its bias nor foreign ones."""
+        suffixes = self._codec_for(module_name).suffixes
+        return tuple(name for name in self.tensor_names_of(module_name) if name.rpartition(".")[2] in suffixes)
 
     def read_packed(self, module_name: str) -> PackedWeight:
         """The module's weight in ROW_MAJOR on the CPU; scales in their stored dtype.
 
-        Raises CheckpointError naming the tensor when it is missing, of the wrong shape or not finite.
+        Raises CheckpointError when the module is not quantized, or holds a value that cannot be.
         """
-        meta = self._meta_for(module_name)
-        return DECODERS[meta.quant_method, meta.version](self, module_name, meta)
+        spec = self.packed_spec(module_name)
+        names = self.packed_tensor_names(module_name)
+        tensors = {name.rpartition(".")[2]: self.read_tensor(name) for name in names}
+        return self._codec_for(module_name).decode(module_name, tensors, spec)
 
     def _find(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name}")
         return self._tensors[name]
 
-    def _specs_of(self, module_name: str) -> dict[str, TensorSpec]:
-        return {name.rpartition(".")[2]: self._tensors[name].spec for name in self.tensor_names_of(module_name)}
+    def _check_module(self, module_name: str) -> PackedSpec:
+        codec, meta = self._codec_for(module_name), self._meta_for(module_name)
+        specs = {name.rpartition(".")[2]: self._tensors[name].spec for name in self.tensor_names_of(module_name)}
+        values = {
+            suffix: self.read_tensor(f"{module_name}.{suffix}") for suffix in codec.value_suffixes if suffix in specs
+        }
+        return codec.check(StoredModule(module_name, specs, values), meta)
+
+    def _codec_for(self, module_name: str) -> Codec:
+        return CODECS[self._meta_for(module_name).format]
 
     def _meta_for(self, module_name: str) -> QuantizationMeta:
-        if not self.is_quantized(module_name):
-            raise CheckpointError(f"{self.directory} has no tensor {module_name}.{QUANTIZED_SUFFIX}")
         if self.meta is None:
             raise CheckpointError(
                 f"{module_name} is quantized, but {self.directory / CONFIG_FILE} has no quantization_config; "
@@ -124,13 +144,17 @@ class CheckpointReader:
         return self.meta
 
 
-def _read_awq_gemm(reader: CheckpointReader, module_name: str, meta: QuantizationMeta) -> PackedWeight:
-    reader.packed_shape(module_name)
-    qweight, qzeros, scales = (reader.read_tensor(f"{module_name}.{suffix}") for suffix in awq_gemm.SUFFIXES)
-    return awq_gemm.decode(awq_gemm.AwqGemmTensors(qweight, qzeros, scales), meta.group_size, module_name)
+def _parse_config(file: Path, config: dict[str, object]) -> QuantizationMeta | None:
+    try:
+        return parse_meta(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
-# (quant_method, version) to its decoder: the formats that parse_meta lets through
-DECODERS: dict[tuple[str, str], Callable[[CheckpointReader, str, QuantizationMeta], PackedWeight]] = {
-    (AWQ, GEMM): _read_awq_gemm
-}
+def _read_old_settings(directory: Path) -> QuantizationMeta | None:
+    for name, quant_method in OLD_SETTINGS.items():
+        file = directory / name
+        if file.is_file():
+            fields = {"quant_method": quant_method, **read_json_object(file)}
+            return _parse_config(file, {"quantization_config": fields})
+    return None

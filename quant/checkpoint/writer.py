@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.layout import PackedWeight
-from quant.checkpoint import awq_gemm
+from quant.checkpoint.output_format import ENCODERS, OutputFormat, quantization_config
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
+from quant.checkpoint.stored_module import PackedSpec, spec_of
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
 from quant.errors import OutputError, WriteError
 
@@ -35,13 +36,22 @@ class CheckpointWriter:
     `directory` is the hidden folder.
     """
 
-    def __init__(self, out: Path, *, expected_bytes: int, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        expected_bytes: int,
+        output_format: OutputFormat = OutputFormat.AWQ,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> None:
         """Reserve the place for `out`. Folders that killed runs left for the same `out` are removed.
 
         Raises OutputError when `out` exists, cannot be created, or the disk has less than expected_bytes free.
         """
         self._out = out.absolute()
         self._expected_bytes = expected_bytes
+        self._output_format = output_format
+        self._packed: dict[str, PackedSpec] = {}
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -87,11 +97,17 @@ class CheckpointWriter:
         self._total_bytes += tensor_bytes
 
     def add_packed(self, module_name: str, weight: PackedWeight) -> None:
-        """Encode a ROW_MAJOR weight in the AWQ gemm format as `module_name`.{qweight,qzeros,scales}."""
-        tensors = awq_gemm.encode(weight)
-        self.add_tensor(f"{module_name}.qweight", tensors.qweight)
-        self.add_tensor(f"{module_name}.qzeros", tensors.qzeros)
-        self.add_tensor(f"{module_name}.scales", tensors.scales)
+        """Encode a ROW_MAJOR weight in the writer's format, as tensors named after the module.
+
+        Raises ValueError for what `output_format.check_fits` refuses, QuantizationError when a scale does not fit.
+        """
+        for suffix, tensor in ENCODERS[self._output_format](weight).items():
+            self.add_tensor(f"{module_name}.{suffix}", tensor)
+        self._packed[module_name] = spec_of(weight)
+
+    def quantization_config(self, kept: Sequence[str]) -> dict[str, object]:
+        """What config.json must say of the packed weights added so far; kept: the linears that stayed as they were."""
+        return quantization_config(self._output_format, self._packed, kept)
 
     def commit(self, config: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         """Write what is pending, the index, config.json and `files` (by name), check it all, and rename into place.

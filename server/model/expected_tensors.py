@@ -93,7 +93,7 @@ def check_tensors(reader: CheckpointReader, config: ModelConfig) -> None:
             shapes[f"{linear.name}.bias"] = (linear.num_outputs,)
         if reader.is_quantized(linear.name):
             _check_packed_shape(reader, linear)
-            packed_names |= set(reader.tensor_names_of(linear.name)) - {f"{linear.name}.bias"}
+            packed_names |= set(reader.packed_tensor_names(linear.name))
         else:
             shapes[f"{linear.name}.weight"] = (linear.num_outputs, linear.num_inputs)
     _check_names(reader, set(shapes) | packed_names)
@@ -114,7 +114,7 @@ def _check_names(reader: CheckpointReader, expected: set[str]) -> None:
 
 
 def _check_packed_shape(reader: CheckpointReader, linear: LinearSpec) -> None:
-    shape = reader.packed_shape(linear.name)
+    shape = reader.packed_spec(linear.name).shape
     if shape != (linear.num_outputs, linear.num_inputs):
         raise CheckpointError(
             f"{linear.name} is quantized with {shape[0]} outputs and {shape[1]} inputs; "

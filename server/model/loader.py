@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.layout import concatenate_rows
+from kernels.reference import dequantize
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import CheckpointError
 from server.model.config import ModelConfig, read_model_config
@@ -90,19 +91,28 @@ class _Source:
         return RmsNorm(self.read_dense(name), config.rms_norm_eps)
 
     def read_linear(self, specs: Sequence[LinearSpec]) -> Linear:
-        """One layer for modules that share their input: joined along N where all are dense, or quantized alike."""
+        """One layer for modules that share their input: joined along N where all are dense, or quantized alike.
+
+        A weight that no kernel reads packed is dequantized into a dense one.
+        """
         quantized = [self.reader.is_quantized(spec.name) for spec in specs]
         biases = [self.read_dense(f"{spec.name}.bias") for spec in specs if spec.bias]
         bias = torch.cat(biases) if biases else None
         if not any(quantized):
             return DenseLinear(torch.cat([self.read_dense(f"{spec.name}.weight") for spec in specs]), bias)
-        if not all(quantized):
+        if not all(quantized) or not self._are_packed_alike(specs):
             return JoinedLinear(tuple(self.read_linear([spec]) for spec in specs))
         weight = concatenate_rows([self.reader.read_packed(spec.name) for spec in specs])
+        if not dispatch.has_packed_kernel(weight):
+            return DenseLinear(dequantize(weight).to(device=self.device, dtype=self.dtype), bias)
         try:
             return QuantizedLinear(dispatch.prepare_weight(weight, self.device), bias)
         except ValueError as error:
             raise CheckpointError(f"{specs[0].name}: {error}") from error
+
+    def _are_packed_alike(self, specs: Sequence[LinearSpec]) -> bool:
+        packed = [self.reader.packed_spec(spec.name) for spec in specs]
+        return len({(spec.bits, spec.group_size, spec.scale_dtype) for spec in packed}) == 1
 
 
 def _build_layer(source: _Source, config: ModelConfig, index: int) -> DecoderLayer:

@@ -72,6 +72,15 @@ def test_any_shape_is_the_reference(
 
 
 @KERNELS
+@pytest.mark.parametrize("bits", [3, 4])
+def test_codes_of_3_bits_and_one_scale_a_row_are_read_by_the_same_kernels(linear: Linear, bits: int) -> None:
+    weight = random_packed_weight(16, 192, 192, bits=bits)
+    x = random_rows(3, 192, torch.float16)
+
+    assert_is_the_reference(run(linear, x, weight), x, weight)
+
+
+@KERNELS
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_the_demo_models_width_which_is_no_multiple_of_a_block(linear: Linear, dtype: torch.dtype) -> None:
     weight = random_packed_weight(8, 576, 64)

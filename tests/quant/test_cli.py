@@ -70,12 +70,27 @@ def test_people_get_the_tables_on_stdout(model: Path, tmp_path: Path) -> None:
     assert "perplexity" not in result.stdout
 
 
+def test_bits_groups_and_format_are_what_was_asked_for(model: Path, tmp_path: Path) -> None:
+    options = ("--bits", "3", "--group-size", "row", "--format", "compressed-tensors", "--method", "rtn", "--no-eval")
+    result = invoke("quantize", str(model), str(tmp_path / "out"), *options)
+    assert result.exit_code == 0, result.output
+    assert "3 bits, one scale a row" in result.stdout
+    reader = CheckpointReader.open(tmp_path / "out")
+    specs = [reader.packed_spec(name) for name in reader.quantized_module_names]
+    assert {(spec.bits, spec.is_whole_row) for spec in specs} == {(3, True)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("--group-size", "128"), "group size 128 does not divide the 64 in features of"),
-        (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32"),
-        (("--bits", "5"), "bits is 5; supported: 4"),
+        (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32, row"),
+        (("--bits", "5"), "bits is 5; supported: 3, 4, 8"),
+        (("--format", "gptq"), "format is 'gptq'; supported: auto, awq, compressed-tensors"),
+        (
+            ("--bits", "8", "--format", "awq"),
+            "bits is 8, and the AWQ gemm format holds 4 bits only; use --format compressed-tensors",
+        ),
     ],
 )
 def test_bad_options_end_with_code_2_and_one_sentence(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.layout import WHOLE_ROW
 from quant.clip_search import search_range
 from quant.rounding import full_range, grid_of, round_onto
 from quant.scale_search import Grouping, output_error
@@ -15,12 +16,13 @@ def correlated_gram(num_features: int) -> torch.Tensor:
     return inputs.T @ inputs / len(inputs)
 
 
+@pytest.mark.parametrize("group_size", [32, WHOLE_ROW])
 @pytest.mark.parametrize("shape", [(1, 32), (6, 96), (11, 576)])
-def test_the_loss_of_every_row_is_at_most_that_of_the_full_range(shape: tuple[int, int]) -> None:
+def test_the_loss_of_every_row_is_at_most_that_of_the_full_range(shape: tuple[int, int], group_size: int) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     gram = correlated_gram(shape[1])
-    searched = grid_of(search_range(weight, gram, Grouping(bits=4, group_size=32)), 4)
-    widest = grid_of(full_range(weight, 32), 4)
+    searched = grid_of(search_range(weight, gram, Grouping(bits=4, group_size=group_size)), 4)
+    widest = grid_of(full_range(weight, group_size), 4)
     loss = output_error(weight - round_onto(weight, searched, 4), gram)
     plain = output_error(weight - round_onto(weight, widest, 4), gram)
     assert bool((loss <= plain * (1 + 1e-4)).all())

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from kernels.layout import pack
 from kernels.reference import dequantize
-from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.dense_checkpoint import load_dense
@@ -44,7 +43,7 @@ def checkpoint(original: Path) -> Path:
             grid = grid_of(full_range(parameter.detach(), GROUP_SIZE), 4)
             writer.add_packed(name.removesuffix(".weight"), pack(codes_of(parameter.detach(), grid, 4)))
         config = source.checkpoint_config(torch.float32)
-        config["quantization_config"] = awq_gemm_meta(4, GROUP_SIZE, ("lm_head",)).to_config()
+        config["quantization_config"] = writer.quantization_config(("lm_head",))
         writer.commit(config, {"report.json": json.dumps({"source": str(original)}).encode()})
     return out
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from quant.checkpoint.output_format import OutputFormat
 from quant.cli import app
 from quant.model_card import model_card, read_licence, recipe_options
 from quant.pipeline import quantize
@@ -30,6 +31,7 @@ REPORT = Report(
     blocks=(),
     held_out=HeldOutQuality(10.0, 11.0, 0.0625, 0.75, 2, 512),
     bits_per_weight=4.3125,
+    notes=(),
     seconds=1.0,
     peak_memory_bytes=1,
 )
@@ -77,6 +79,14 @@ def test_the_card_says_how_to_load_it() -> None:
     card = model_card(REPORT, "my model", {}).decode()
     assert "    awq-serve serve 'my model'" in card
     assert "    vllm serve 'my model'" in card
+
+
+def test_the_card_says_how_the_weights_are_stored() -> None:
+    assert "in 4 bits: AWQ `gemm` format, groups of 64, 4.31 bits a weight" in model_card(REPORT, "x", {}).decode()
+    row = replace(REPORT, recipe=replace(REPORT.recipe, bits=8), group_size=-1, bits_per_weight=8.04)
+    card = model_card(row, "x", {})
+    assert "in 8 bits: compressed-tensors `pack-quantized` format, one scale a row, 8.04 bits" in card.decode()
+    assert "--group-size row" in card.decode()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +144,8 @@ def test_every_choice_of_a_recipe_is_in_the_command() -> None:
     # given recipes that differ in one field each
     changed = {
         "method": Method.RTN,
-        "bits": None,  # there is only one
+        "bits": 8,
+        "format": OutputFormat.COMPRESSED_TENSORS,
         "group_size": None,  # the report says what it came to
         "calibration": "wikitext",
         "num_samples": 9,

@@ -2,6 +2,8 @@
 
 import pytest
 
+from kernels.layout import WHOLE_ROW
+from quant.checkpoint.output_format import OutputFormat
 from quant.errors import RecipeError
 from quant.recipe import Recipe, choose_group_size
 
@@ -9,8 +11,10 @@ from quant.recipe import Recipe, choose_group_size
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("bits", 5, "bits is 5; supported: 4"),
-        ("group_size", 48, "group size is 48; supported: auto, 128, 64, 32"),
+        ("bits", 5, "bits is 5; supported: 3, 4, 8"),
+        ("group_size", 48, "group size is 48; supported: auto, 128, 64, 32, row"),
+        ("bits", 2, "bits is 2"),
+        ("group_size", -2, "group size is -2"),
         ("calibration", " ", "calibration is empty"),
         ("num_samples", 0, "calibration samples is 0"),
         ("sample_tokens", -1, "calibration tokens is -1"),
@@ -21,6 +25,22 @@ from quant.recipe import Recipe, choose_group_size
 def test_a_value_out_of_range_is_refused_with_its_name(field: str, value: object, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_bits_that_awq_cannot_hold_name_the_format_that_can(bits: int) -> None:
+    with pytest.raises(RecipeError, match=f"bits is {bits}, .* use --format compressed-tensors"):
+        Recipe(bits=bits, format=OutputFormat.AWQ)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(3, "compressed-tensors"), (4, "awq"), (8, "compressed-tensors")])
+def test_the_format_follows_from_the_bits(bits: int, expected: str) -> None:
+    assert Recipe(bits=bits).output_format == expected
+    assert Recipe(bits=bits, format=OutputFormat.COMPRESSED_TENSORS).output_format == "compressed-tensors"
+
+
+def test_one_scale_a_row_fits_every_model() -> None:
+    assert choose_group_size(WHOLE_ROW, {"layers.0.q": 100, "layers.0.down": 7}) == WHOLE_ROW
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.layout import pack
+from kernels.layout import WHOLE_ROW, pack
 from kernels.reference import dequantize
 from quant.rounding import GroupRange, codes_of, full_range, grid_of, round_onto, round_plainly
 
@@ -22,6 +22,14 @@ def test_every_value_moves_by_at_most_half_a_step(shape: tuple[int, int]) -> Non
     # the ends of a range may lie another half step off, as its zero point is an integer
     assert bool((error <= grid.scales.repeat_interleave(32, dim=1) * 1.01).all())
     assert float(error.mean() / grid.scales.mean()) < 0.3
+
+
+def test_one_scale_a_row_is_a_group_as_wide_as_the_row() -> None:
+    weight = weight_of(4, 96)
+    grid = grid_of(full_range(weight, WHOLE_ROW), BITS)
+    assert grid.scales.shape == (4, 1)
+    assert torch.equal(round_plainly(weight, WHOLE_ROW, BITS), round_plainly(weight, 96, BITS))
+    assert codes_of(weight, grid, BITS).group_size == 96
 
 
 def test_zero_is_always_a_value_of_the_grid() -> None:

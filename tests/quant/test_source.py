@@ -9,9 +9,9 @@ from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from quant.checkpoint.meta import awq_gemm_meta
 from quant.errors import CheckpointError, SourceError
 from quant.source import open_source
+from tests.quant.checkpoint.stored_modules import awq_config
 from tests.tiny_models import CHAT_TEMPLATE, END_OF_TEXT_ID, IM_END_ID, TINY_MODEL_TYPES, save_tiny_model
 
 TEXT = "Hello wörld\n\n  def f(x):\n\treturn 1234 * x  # don't<|im_end|> 東京 🎉"
@@ -73,9 +73,9 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(tiny_model: 
 
 
 def test_a_quantized_model_is_refused(tiny_model: Path) -> None:
-    edit_config(tiny_model, quantization_config=awq_gemm_meta(4, 64, ()).to_config())
+    edit_config(tiny_model, quantization_config=awq_config(64))
 
-    with pytest.raises(SourceError, match=r"is quantized already \(awq, 4 bits\); give the original model"):
+    with pytest.raises(SourceError, match=r"is quantized already \(AWQ gemm\); give the original model"):
         open_source(tiny_model)
 
 

@@ -8,33 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.layout import GroupCodes, PackedWeight, pack, unpack
-from quant.checkpoint.awq_gemm import AwqGemmTensors, decode, encode
+from quant.checkpoint.awq_gemm import encode
+from quant.checkpoint.meta import CheckpointFormat
 from quant.errors import CheckpointError, QuantizationError
+from tests.quant.checkpoint.stored_modules import assert_same_weight, meta_of, random_weight, read_tensors
+
+META = meta_of(CheckpointFormat.AWQ_GEMM)
 
 
-def random_weight(num_outputs: int, num_inputs: int, group_size: int, seed: int = 0) -> PackedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    num_groups = num_inputs // group_size
-    return pack(
-        GroupCodes(
-            codes=torch.randint(0, 16, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8),
-            scales=torch.rand(num_outputs, num_groups, generator=generator).half() + 0.01,
-            zeros=torch.randint(0, 16, (num_outputs, num_groups), generator=generator, dtype=torch.uint8),
-            bits=4,
-            group_size=group_size,
-        )
-    )
-
-
-def read_by_description(tensors: AwqGemmTensors, group_size: int) -> npt.NDArray[np.float32]:
+def read_by_description(tensors: dict[str, torch.Tensor], group_size: int) -> npt.NDArray[np.float32]:
     """W [N, K] from the three tensors, by the words of the format alone: slow numpy loops, none of our code.
 
     Word column j of a row holds output columns 8j .. 8j + 7; nibble i, from the low end, holds column 8j + order[i].
     """
     order = [0, 2, 4, 6, 1, 3, 5, 7]
-    qweight = tensors.qweight.numpy().view(np.uint32)
-    qzeros = tensors.qzeros.numpy().view(np.uint32)
-    scales = tensors.scales.float().numpy()
+    qweight = tensors["qweight"].numpy().view(np.uint32)
+    qzeros = tensors["qzeros"].numpy().view(np.uint32)
+    scales = tensors["scales"].float().numpy()
     num_inputs, num_words = qweight.shape
     weight = np.zeros((num_words * 8, num_inputs), dtype=np.float32)
     for k in range(num_inputs):
@@ -68,10 +58,10 @@ def test_a_tile_worked_by_hand_has_the_bytes_of_the_format() -> None:
     tensors = encode(weight)
 
     # then the nibbles, low end first, are columns 0 2 4 6 1 3 5 7: codes 1 3 5 7 2 4 6 8, so the word is 0x86427531
-    assert tensors.qweight.tolist() == [[0x86427531 - 2**32]]
-    assert tensors.qzeros.tolist() == [[15]]
-    assert tensors.scales.dtype == torch.float16
-    assert tensors.scales.tolist() == [[0.5] * 8]
+    assert tensors["qweight"].tolist() == [[0x86427531 - 2**32]]
+    assert tensors["qzeros"].tolist() == [[15]]
+    assert tensors["scales"].dtype == torch.float16
+    assert tensors["scales"].tolist() == [[0.5] * 8]
 
 
 @settings(max_examples=25, deadline=None)
@@ -84,12 +74,7 @@ def test_a_tile_worked_by_hand_has_the_bytes_of_the_format() -> None:
 def test_decode_is_the_inverse_of_encode(num_words: int, num_groups: int, group_size: int, seed: int) -> None:
     weight = random_weight(8 * num_words, num_groups * group_size, group_size, seed)
 
-    decoded = decode(encode(weight), group_size, "layer")
-
-    assert torch.equal(decoded.codes, weight.codes)
-    assert torch.equal(decoded.zeros, weight.zeros)
-    assert torch.equal(decoded.scales, weight.scales)
-    assert (decoded.shape, decoded.bits, decoded.group_size) == (weight.shape, 4, group_size)
+    assert_same_weight(read_tensors(encode(weight), META), weight)
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs", "group_size"), [(8, 576, 64), (40, 96, 32), (16, 128, 128)])
@@ -105,21 +90,21 @@ def test_a_reader_made_from_the_description_alone_sees_the_same_weight(
 
 def test_bfloat16_scales_are_read_as_they_are() -> None:
     tensors = encode(random_weight(8, 64, 32))
-    stored = AwqGemmTensors(tensors.qweight, tensors.qzeros, tensors.scales.bfloat16())
+    stored = {**tensors, "scales": tensors["scales"].bfloat16()}
 
-    decoded = decode(stored, 32, "layer")
+    decoded = read_tensors(stored, META)
 
     assert decoded.scales.dtype == torch.bfloat16
-    assert torch.equal(decoded.scales, stored.scales.T)
+    assert torch.equal(decoded.scales, stored["scales"].T)
 
 
 WRONG_TENSORS = {
     "qweight of another dtype": ("qweight", torch.zeros(64, 2).long(), r"layer\.qweight is int64 \[64, 2\]"),
     "qweight of one dimension": ("qweight", torch.zeros(64, dtype=torch.int32), r"layer\.qweight is int32 \[64\]"),
-    "rows that the group size does not divide": (
+    "rows that the groups do not divide": (
         "qweight",
-        torch.zeros(72, 2, dtype=torch.int32),
-        "K=72 rows, which group size 32 does not divide",
+        torch.zeros(65, 2, dtype=torch.int32),
+        "layer has 2 groups for 65 in features",
     ),
     "a group too few": ("qzeros", torch.zeros(1, 2, dtype=torch.int32), r"layer\.qzeros .* int32 \[2, 2\]"),
     "scales in float32": ("scales", torch.ones(2, 16), r"layer\.scales is float32"),
@@ -132,19 +117,25 @@ WRONG_TENSORS = {
 def test_a_wrong_tensor_is_named(case: str) -> None:
     suffix, wrong, message = WRONG_TENSORS[case]
     right = encode(random_weight(16, 64, 32))
-    fields = {"qweight": right.qweight, "qzeros": right.qzeros, "scales": right.scales, suffix: wrong}
 
     with pytest.raises(CheckpointError, match=message):
-        decode(AwqGemmTensors(**fields), 32, "layer")
+        read_tensors({**right, suffix: wrong}, META)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e6, float("inf")])
+def test_a_group_size_that_the_config_says_otherwise_is_refused() -> None:
+    tensors = encode(random_weight(16, 64, 32))
+
+    with pytest.raises(CheckpointError, match="layer is stored in groups of 32, but quantization_config says 64"):
+        read_tensors(tensors, meta_of(CheckpointFormat.AWQ_GEMM, group_size=64))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6, float("inf"), 0.1])
 def test_a_scale_that_float16_cannot_hold_is_not_written(scale: float) -> None:
     codes = torch.zeros(8, 32, dtype=torch.uint8)
     zeros = torch.zeros(8, 1, dtype=torch.uint8)
     weight = pack(GroupCodes(codes, torch.full((8, 1), scale), zeros, bits=4, group_size=32))
 
-    with pytest.raises(QuantizationError, match="do not fit float16"):
+    with pytest.raises(QuantizationError, match="do not fit float16 exactly"):
         encode(weight)
 
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from quant.checkpoint.awq_gemm import encode
-from quant.checkpoint.meta import awq_gemm_meta
+from quant.checkpoint.meta import CheckpointFormat
 from quant.checkpoint.reader import CheckpointReader
+from quant.checkpoint.stored_module import PackedSpec
 from quant.errors import CheckpointError
-from tests.quant.checkpoint.test_awq_gemm import random_weight
+from tests.quant.checkpoint.stored_modules import assert_same_weight, awq_config, meta_of, random_weight
 
 QUANTIZED = "model.layers.0.mlp.down_proj"
 PLAIN = "model.norm"
@@ -25,14 +26,12 @@ def write_checkpoint(directory: Path) -> None:
     directory.mkdir()
     tensors = encode(random_weight(16, 64, 32))
     stored = {
-        f"{QUANTIZED}.qweight": tensors.qweight,
-        f"{QUANTIZED}.qzeros": tensors.qzeros,
-        f"{QUANTIZED}.scales": tensors.scales,
+        **{f"{QUANTIZED}.{suffix}": tensor for suffix, tensor in tensors.items()},
         f"{QUANTIZED}.bias": torch.ones(16).half(),
         f"{PLAIN}.weight": torch.arange(64).bfloat16(),
     }
     save_file(stored, directory / "model.safetensors")
-    config = {"model_type": "llama", "quantization_config": awq_gemm_meta(4, 32, ()).to_config()}
+    config = {"model_type": "llama", "quantization_config": awq_config(32)}
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -61,13 +60,13 @@ def test_tensors_are_described_without_being_read(checkpoint: Path) -> None:
     reader = CheckpointReader.open(checkpoint)
 
     assert reader.config["model_type"] == "llama"
-    assert reader.meta == awq_gemm_meta(4, 32, ())
+    assert reader.meta == meta_of(CheckpointFormat.AWQ_GEMM, bits=4, group_size=32)
     assert set(reader.tensor_names_of(QUANTIZED)) == {
         f"{QUANTIZED}.{x}" for x in ("qweight", "qzeros", "scales", "bias")
     }
     assert reader.shape(f"{QUANTIZED}.qweight") == (64, 2)
     assert reader.dtype(f"{PLAIN}.weight") == torch.bfloat16
-    assert reader.packed_shape(QUANTIZED) == (16, 64)
+    assert reader.packed_spec(QUANTIZED) == PackedSpec(16, 64, 4, 32, torch.float16)
 
 
 def test_a_plain_tensor_comes_as_it_is_stored(checkpoint: Path) -> None:
@@ -77,15 +76,12 @@ def test_a_plain_tensor_comes_as_it_is_stored(checkpoint: Path) -> None:
 def test_a_quantized_module_comes_as_a_packed_weight(checkpoint: Path) -> None:
     weight = CheckpointReader.open(checkpoint).read_packed(QUANTIZED)
 
-    expected = random_weight(16, 64, 32)
-    assert torch.equal(weight.codes, expected.codes)
-    assert torch.equal(weight.zeros, expected.zeros)
-    assert torch.equal(weight.scales, expected.scales)
+    assert_same_weight(weight, random_weight(16, 64, 32))
 
 
 def test_the_tensors_decide_which_module_is_quantized(checkpoint: Path) -> None:
     # given a config that claims the opposite of what the file holds
-    config = {"quantization_config": awq_gemm_meta(4, 32, (QUANTIZED,)).to_config()}
+    config = {"quantization_config": awq_config(32, (QUANTIZED,))}
     (checkpoint / "config.json").write_text(json.dumps(config))
 
     reader = CheckpointReader.open(checkpoint)
@@ -95,8 +91,32 @@ def test_the_tensors_decide_which_module_is_quantized(checkpoint: Path) -> None:
     assert not reader.is_quantized(PLAIN)
 
 
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+        ("quantize_config.json", {"quant_method": "awq", "group_size": 32, "bits": 4, "checkpoint_format": "gemm"}),
+    ],
+)
+def test_settings_in_a_file_of_their_own_are_found(checkpoint: Path, file: str, fields: dict[str, object]) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    (checkpoint / file).write_text(json.dumps(fields))
+
+    assert_same_weight(CheckpointReader.open(checkpoint).read_packed(QUANTIZED), random_weight(16, 64, 32))
+
+
+def test_old_settings_that_are_not_read_are_refused_with_their_file(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    (checkpoint / "quantize_config.json").write_text('{"bits": 2, "group_size": 128, "desc_act": false}')
+
+    with pytest.raises(CheckpointError, match=r"quantize_config\.json: .*2 bits; GPTQ v1 checkpoints are read with"):
+        CheckpointReader.open(checkpoint)
+
+
 def test_an_unquantized_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    # settings that a tool has left beside the original
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
 
     reader = CheckpointReader.open(tmp_path)
@@ -180,12 +200,12 @@ def drop_quantization_config(directory: Path) -> None:
     (directory / "config.json").write_text('{"model_type": "llama"}')
 
 
-def claim_gptq(directory: Path) -> None:
-    (directory / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+def claim_bitsandbytes(directory: Path) -> None:
+    (directory / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
 
 
 def claim_another_group_size(directory: Path) -> None:
-    config = {"quantization_config": awq_gemm_meta(4, 16, ()).to_config()}
+    config = {"quantization_config": awq_config(16)}
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -225,8 +245,8 @@ BROKEN_DIRECTORIES: list[tuple[Callable[[Path], None], str]] = [
     (remove_config, r"has no config\.json"),
     (break_config, r"config\.json holds no valid JSON"),
     (drop_quantization_config, r"down_proj is quantized, but .*config\.json has no quantization_config"),
-    (claim_gptq, r"config\.json: .*GPTQ checkpoints are not supported yet"),
-    (claim_another_group_size, r"down_proj\.qzeros is int32 \[2, 2\]; .* int32 \[4, 2\] at group size 16"),
+    (claim_bitsandbytes, r"config\.json: .*quant_method 'bitsandbytes', which is not read"),
+    (claim_another_group_size, r"down_proj is stored in groups of 32, but quantization_config says 16"),
     (remove_shard, r"names a\.safetensors, which is not there"),
     (name_an_absent_tensor, r"places model\.embed_tokens\.weight in b\.safetensors, which has no such tensor"),
     (point_outside, r"'\.\./b\.safetensors', which is no \.safetensors file beside it"),

@@ -12,15 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from quant.checkpoint.meta import awq_gemm_meta
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import CheckpointError, OutputError
-from tests.quant.checkpoint.test_awq_gemm import random_weight
+from tests.quant.checkpoint.stored_modules import awq_config, random_weight
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",
-    "quantization_config": awq_gemm_meta(4, 32, ("lm_head",)).to_config(),
+    "quantization_config": awq_config(32, ("lm_head",)),
 }
 
 

@@ -37,12 +37,7 @@ def quantize_in_place(directory: Path, wanted: Callable[[str], bool]) -> dict[st
             continue
         packed = round_weight(tensors.pop(name))
         dense[name] = reference.dequantize(packed)
-        encoded = awq_gemm.encode(packed)
-        tensors |= {
-            f"{module_name}.qweight": encoded.qweight,
-            f"{module_name}.qzeros": encoded.qzeros,
-            f"{module_name}.scales": encoded.scales,
-        }
+        tensors |= {f"{module_name}.{suffix}": tensor for suffix, tensor in awq_gemm.encode(packed).items()}
     save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
     method = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True}
     (directory / "config.json").write_text(json.dumps({**read_config(directory), "quantization_config": method}))

@@ -1,0 +1,162 @@
+"""What a checkpoint holds, by its headers alone: format, bits a weight, each layer's shape, size and measured error."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from quant.checkpoint.reader import CheckpointReader
+from quant.report import REPORT_FILE
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """shape: [N, K]. num_bytes: codes, scales and zero points as stored.
+
+    plain_error and error: output error as a share of the output, by plain rounding and as written, where a report
+    beside the checkpoint has them.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    num_bytes: int
+    plain_error: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A matrix that is not quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """bits_per_weight: of the quantized modules, scales and zero points included; None where there are none.
+
+    bits_per_parameter: of everything, norms and embeddings included.
+    """
+
+    checkpoint: str
+    format: str | None
+    bits_per_weight: float | None
+    bits_per_parameter: float
+    num_parameters: int
+    num_bytes: int
+    quantized: tuple[QuantizedModule, ...]
+    unquantized: tuple[PlainTensor, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+def inspect_checkpoint(directory: Path) -> Inspection:
+    """Look at a checkpoint, quantized or not. Raises CheckpointError when it is none, or is damaged."""
+    reader = CheckpointReader.open(directory)
+    errors = _measured_errors(directory / REPORT_FILE)
+    quantized = tuple(_describe_module(reader, name, errors) for name in reader.quantized_module_names)
+    packed = {name for module in reader.quantized_module_names for name in reader.packed_tensor_names(module)}
+    plain = [name for name in reader.tensor_names if name not in packed]
+    num_weights = sum(math.prod(module.shape) for module in quantized)
+    num_parameters = num_weights + sum(math.prod(reader.shape(name)) for name in plain)
+    num_bytes = sum(map(reader.num_bytes, reader.tensor_names))
+    return Inspection(
+        checkpoint=str(directory),
+        format=str(reader.meta.format) if reader.meta and quantized else None,
+        bits_per_weight=8 * sum(module.num_bytes for module in quantized) / num_weights if quantized else None,
+        bits_per_parameter=8 * num_bytes / num_parameters if num_parameters else 0.0,
+        num_parameters=num_parameters,
+        num_bytes=num_bytes,
+        quantized=quantized,
+        unquantized=tuple(_describe_tensor(reader, name) for name in plain if len(reader.shape(name)) > 1),
+    )
+
+
+def module_table(inspection: Inspection) -> Table:
+    """The quantized modules, one a row; the errors where they are known."""
+    has_errors = any(module.error is not None for module in inspection.quantized)
+    table = Table(title="quantized", title_justify="left")
+    table.add_column("module")
+    for column in ("outputs x inputs", "bits", "group", "kB", *(("error", "plain rounding") if has_errors else ())):
+        table.add_column(column, justify="right")
+    for module in inspection.quantized:
+        group = "row" if module.group_size == module.shape[1] else str(module.group_size)
+        cells = [module.name, _size(module.shape), str(module.bits), group, _kilobytes(module.num_bytes)]
+        if has_errors:
+            cells += ["" if error is None else f"{error:.5f}" for error in (module.error, module.plain_error)]
+        table.add_row(*cells)
+    return table
+
+
+def plain_table(inspection: Inspection) -> Table:
+    """The matrices that are not quantized, one a row."""
+    table = Table(title="not quantized", title_justify="left")
+    table.add_column("tensor")
+    for column in ("shape", "type", "kB"):
+        table.add_column(column, justify="right")
+    for tensor in inspection.unquantized:
+        table.add_row(tensor.name, _size(tensor.shape), tensor.dtype, _kilobytes(tensor.num_bytes))
+    return table
+
+
+def summary_table(inspection: Inspection) -> Table:
+    """The numbers of the whole checkpoint, one a row."""
+    table = Table(show_header=False, box=None)
+    rows = {
+        "checkpoint": inspection.checkpoint,
+        "format": inspection.format or "unquantized",
+        "parameters": f"{inspection.num_parameters / 1e6:.1f} million in {inspection.num_bytes / 1e6:.1f} MB",
+        "bits per parameter": f"{inspection.bits_per_parameter:.3f}, all tensors",
+    }
+    if inspection.bits_per_weight is not None:
+        rows["bits per weight"] = f"{inspection.bits_per_weight:.3f}, quantized modules with scales and zero points"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _describe_module(
+    reader: CheckpointReader, name: str, errors: Mapping[str, tuple[float | None, float | None]]
+) -> QuantizedModule:
+    spec = reader.packed_spec(name)
+    num_bytes = sum(map(reader.num_bytes, reader.packed_tensor_names(name)))
+    plain_error, error = errors.get(name, (None, None))
+    return QuantizedModule(name, spec.shape, spec.bits, spec.group_size, num_bytes, plain_error, error)
+
+
+def _describe_tensor(reader: CheckpointReader, name: str) -> PlainTensor:
+    dtype = str(reader.dtype(name)).removeprefix("torch.")
+    return PlainTensor(name, reader.shape(name), dtype, reader.num_bytes(name))
+
+
+def _measured_errors(report_file: Path) -> dict[str, tuple[float | None, float | None]]:
+    """(plain rounding, as written) by module; empty where no report of the quantizer lies beside the checkpoint."""
+    try:
+        report: object = json.loads(report_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    layers = report.get("layers") if isinstance(report, dict) else None
+    entries = [entry for entry in layers if isinstance(entry, dict)] if isinstance(layers, list) else []
+    return {str(entry.get("name")): (_number(entry.get("plain")), _number(entry.get("chosen"))) for entry in entries}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _kilobytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e3:.1f}"

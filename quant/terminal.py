@@ -1,0 +1,42 @@
+"""What the quantizer's commands share at a terminal: how they tell progress, failures and their exit codes."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+import typer
+from rich.console import Console
+
+from quant.errors import QuantError
+from quant.progress import JsonLines
+
+PROGRAM = "awq-serve"
+EXIT_INTERRUPTED = 130
+
+
+class ProgressFormat(StrEnum):
+    """How progress is told: a bar on stderr for people, JSON lines on stdout for programs."""
+
+    RICH = "rich"
+    JSON = "json"
+
+
+@contextmanager
+def exit_codes(progress_format: ProgressFormat) -> Iterator[None]:
+    """Bad input and failures become one sentence and an exit code; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except QuantError as error:
+        _tell_failure(str(error), progress_format)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        _tell_failure("interrupted; nothing was written", progress_format)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _tell_failure(message: str, progress_format: ProgressFormat) -> None:
+    if progress_format is ProgressFormat.JSON:
+        JsonLines(sys.stdout).on_failed(message)
+    else:
+        Console(stderr=True).print(f"{PROGRAM}: {message}", style="red", markup=False, soft_wrap=True)

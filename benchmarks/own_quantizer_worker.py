@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.quality_job import BITS, GROUP_SIZE, Cost, Job
 from quant.errors import QuantError
+from quant.method import Method
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 
 
 def main() -> int:

@@ -39,8 +39,8 @@ from benchmarks.turn import take_turn
 from quant.dense_checkpoint import load_dense
 from quant.errors import QuantError
 from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
+from quant.method import Method
 from quant.progress import ProgressListener, ProgressMeter
-from quant.recipe import Method
 from quant.report import REPORT_FILE
 from quant.source import open_source
 

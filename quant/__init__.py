@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quant.auto_awq import AutoAWQForCausalLM
     from quant.checkpoint.location import resolve_model
+    from quant.method import Method
     from quant.pipeline import quantize
-    from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 
 __all__ = ["AutoAWQForCausalLM", "Method", "Recipe", "quantize", "resolve_model"]
 
 _HOMES = {
     "AutoAWQForCausalLM": "quant.auto_awq",
-    "Method": "quant.recipe",
+    "Method": "quant.method",
     "Recipe": "quant.recipe",
     "quantize": "quant.pipeline",
     "resolve_model": "quant.checkpoint.location",

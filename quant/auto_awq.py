@@ -125,8 +125,8 @@ class ModelToQuantize:
         q_group_size: int | None = None,
         zero_point: bool | None = None,
         version: str | None = None,
-        max_calib_samples: int = Recipe.num_samples,
-        max_calib_seq_len: int = Recipe.sample_tokens,
+        max_calib_samples: int | None = None,
+        max_calib_seq_len: int | None = None,
         **others: object,
     ) -> None:
         """Quantize with AutoAWQ's `quant_config`, or with its keys as keywords.

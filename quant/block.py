@@ -1,7 +1,7 @@
-"""The stages of one decoder block in their order: search and fold scales, search ranges, round, pack. Runs no data."""
+"""What is done with a block's linears: search and fold scales, correct, search ranges, round. Runs no data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +9,23 @@ from torch import Tensor, nn
 from kernels.layout import GroupCodes, PackedWeight, pack, unpack
 from kernels.reference import dequantize
 from quant.block_groups import ScaleGroup
-from quant.capture import InputStatistics
 from quant.clip_search import search_range
+from quant.correction import correct
+from quant.error_feedback import round_with_feedback
 from quant.errors import QuantizationError
-from quant.rounding import GroupRange, codes_of, full_range, grid_of
+from quant.input_statistics import InputStatistics, PairStatistics
+from quant.method import MethodSteps
+from quant.rounding import codes_of, full_range, grid_of, round_onto
 from quant.scale_fold import fold
 from quant.scale_groups import linear_of
 from quant.scale_search import (
+    IDENTITY,
     Grouping,
+    ScaleCandidate,
     ScaleChoice,
     SharedInput,
     keep_unscaled,
+    output_error,
     relative_loss,
     search_scale,
 )
@@ -31,14 +37,11 @@ class BlockPlan:
 
     groups: tuple[ScaleGroup, ...]
     grouping: Grouping
+    steps: MethodSteps
 
     def linear_names(self) -> tuple[str, ...]:
         """All linears of a block that are quantized, each once."""
         return tuple(name for group in self.groups for name in group.linears)
-
-    def observed_names(self) -> tuple[str, ...]:
-        """One module per distinct input: where the inputs are observed."""
-        return tuple(group.observed for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -51,47 +54,72 @@ class FoldedGroup:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A quantized linear: its packed weight, the formula of its scale, and its relative output error."""
+    """A quantized linear: its packed weight, the formula of its scale, its relative output error, plain and now."""
 
     packed: PackedWeight
     formula: str
+    plain_loss: float
     loss: float
 
 
-def fold_scales(block: nn.Module, plan: BlockPlan, statistics: Mapping[str, InputStatistics]) -> dict[str, FoldedGroup]:
-    """Search every group's scale and fold it, in place; the block computes what it did. By observed module's name.
-
-    From the last group to the first: a fold then changes only a source that is still to be searched.
-    """
-    folded = {}
-    for group in reversed(plan.groups):
+def choose_scales(
+    block: nn.Module, groups: Sequence[ScaleGroup], plan: BlockPlan, statistics: Mapping[str, InputStatistics]
+) -> dict[str, ScaleChoice]:
+    """The scale of every group that the method and the group allow to scale, by observed module; changes nothing."""
+    choices = {}
+    for group in groups:
         weights = [linear_of(block, name).weight.detach() for name in group.linears]
         shared = SharedInput(weights, statistics[group.observed], group.spread)
-        choose = keep_unscaled if group.source is None else search_scale
-        choice = choose(shared, plan.grouping)
+        choose = search_scale if plan.steps.scales and group.source is not None else keep_unscaled
+        choices[group.observed] = choose(shared, plan.grouping)
+    return choices
+
+
+def fold_scales(
+    block: nn.Module, groups: Sequence[ScaleGroup], choices: Mapping[str, ScaleChoice]
+) -> dict[str, FoldedGroup]:
+    """Fold the chosen scales, in place; the block computes what it did.
+
+    From the last group to the first: a group's source may be a linear of an earlier one.
+    """
+    folded = {}
+    for group in reversed(groups):
+        choice = choices[group.observed]
         folded[group.observed] = FoldedGroup(choice, fold(block, group, choice.candidate.scale))
+    return folded
+
+
+def keep_scales(
+    block: nn.Module, groups: Sequence[ScaleGroup], choices: Mapping[str, ScaleChoice]
+) -> dict[str, FoldedGroup]:
+    """The groups as they are with nothing folded, whatever was chosen, by observed module."""
+    folded = {}
+    for group in groups:
+        ones = torch.ones(linear_of(block, group.linears[0]).in_features)
+        identity = replace(choices[group.observed], candidate=ScaleCandidate(IDENTITY, ones))
+        folded[group.observed] = FoldedGroup(identity, ones)
     return folded
 
 
 def round_folded(
     block: nn.Module,
+    groups: Sequence[ScaleGroup],
     plan: BlockPlan,
-    statistics: Mapping[str, InputStatistics],
+    statistics: PairStatistics,
     folded: Mapping[str, FoldedGroup],
 ) -> dict[str, LayerResult]:
-    """Search the ranges of every folded linear and round it, in place, by linear name."""
+    """Correct every linear of the groups, search its ranges and round it, in place, by linear name."""
     results = {}
-    for group in plan.groups:
+    for group in groups:
         choice, scale = folded[group.observed].choice, folded[group.observed].scale
-        gram = statistics[group.observed].gram / (scale[:, None] * scale[None, :])
-        for name, signal in zip(group.linears, choice.signals, strict=True):
-            weight = linear_of(block, name).weight.detach().clone()
-            packed = _round(block, name, search_range(weight, gram, plan.grouping), plan.grouping)
-            results[name] = LayerResult(
-                packed=packed,
-                formula=choice.candidate.name,
-                loss=relative_loss(weight - dequantize(packed), gram, signal),
-            )
+        gram = statistics.inputs[group.observed].gram / (scale[:, None] * scale[None, :])
+        for name, signal, plain_loss in zip(group.linears, choice.signals, choice.plain_losses, strict=True):
+            weight = linear_of(block, name).weight.detach() / scale
+            moments = statistics.moments.get(name)
+            target = (weight if moments is None else correct(weight, moments)) * scale
+            packed = _store(block, name, _round(target, gram, plan))
+            loss = relative_loss(target - dequantize(packed), gram, signal)
+            results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss)
     return results
 
 
@@ -99,8 +127,9 @@ def round_block_plainly(block: nn.Module, plan: BlockPlan) -> dict[str, PackedWe
     """Round every linear to nearest over the full range of its groups, in place: the RTN method, by linear name."""
     packed = {}
     for name in plan.linear_names():
-        widest = full_range(linear_of(block, name).weight.detach(), plan.grouping.group_size)
-        packed[name] = _round(block, name, widest, plan.grouping)
+        weight = linear_of(block, name).weight.detach()
+        grid = grid_of(full_range(weight, plan.grouping.group_size), plan.grouping.bits)
+        packed[name] = _store(block, name, codes_of(weight, grid, plan.grouping.bits))
     return packed
 
 
@@ -111,18 +140,23 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise QuantizationError(f"{name} has {num_bad} values that are not finite; it cannot be quantized")
 
 
-def _round(block: nn.Module, name: str, group_range: GroupRange, grouping: Grouping) -> PackedWeight:
-    weight = linear_of(block, name).weight
-    grid = grid_of(group_range, grouping.bits)
-    check_finite(f"the scale of {name}", grid.scales)
-    codes = codes_of(weight.detach(), grid, grouping.bits)
+def _round(weight: Tensor, gram: Tensor, plan: BlockPlan) -> GroupCodes:
+    """The codes of weight [N, K] by the method's steps; never worse in tr(D G D^T) than rounding it to nearest."""
+    grouping = plan.grouping
+    ends = search_range(weight, gram, grouping) if plan.steps.ranges else full_range(weight, grouping.group_size)
+    grid = grid_of(ends, grouping.bits)
+    rounded = round_onto(weight, grid, grouping.bits)
+    if plan.steps.feedback:
+        candidate = round_with_feedback(weight, gram, grid, grouping.bits)
+        better = output_error(weight - candidate, gram) < output_error(weight - rounded, gram)
+        rounded = torch.where(better[:, None], candidate, rounded)
+    return codes_of(rounded, grid, grouping.bits)
+
+
+def _store(block: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:
+    check_finite(f"the scale of {name}", codes.scales)
     packed = pack(codes)
-    _check_round_trip(name, codes, packed)
-    with torch.no_grad():
-        weight.copy_(dequantize(packed))
-    return packed
-
-
-def _check_round_trip(name: str, codes: GroupCodes, packed: PackedWeight) -> None:
     if not torch.equal(unpack(packed).codes, codes.codes):
         raise QuantizationError(f"the codes of {name} do not come back from packing as they went in")
+    linear_of(block, name).weight.copy_(dequantize(packed))
+    return packed

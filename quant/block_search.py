@@ -1,16 +1,29 @@
-"""AWQ on one block and its calibration inputs: capture, search, check that folding is exact, keep the better."""
+"""One block and its calibration inputs: stage by stage capture, search, fold, correct and round; keep the better."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kernels.layout import PackedWeight
-from quant.block import BlockPlan, check_finite, fold_scales, round_block_plainly, round_folded
-from quant.capture import BlockInput, capture, run_block
+from quant.block import (
+    BlockPlan,
+    FoldedGroup,
+    LayerResult,
+    check_finite,
+    choose_scales,
+    fold_scales,
+    keep_scales,
+    round_block_plainly,
+    round_folded,
+)
+from quant.block_groups import ScaleGroup
+from quant.capture import run_block
+from quant.input_statistics import BlockPair, PairStatistics, Streams, capture, capture_pair, relative_weights
 from quant.report import BlockError, LayerLoss
+from quant.residual import StreamWriter, find_stream_writers
 
 # float32 rounding over a block stays well under this; a scale folded wrongly is off by more than 0.01
 MAX_FOLD_ERROR = 1e-4
@@ -21,52 +34,106 @@ class BlockOutcome:
     """A quantized block: packed weights by linear name, the next block's inputs, and the numbers for the report."""
 
     packed: Mapping[str, PackedWeight]
-    next_inputs: list[BlockInput]
+    next_streams: Streams
     layers: tuple[LayerLoss, ...]
     error: BlockError
 
 
-def search_block(block: nn.Module, name: str, index: int, inputs: list[BlockInput], plan: BlockPlan) -> BlockOutcome:
-    """Quantize the block of that name and index in place: scales and ranges searched, or plain where that is better.
+def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan: BlockPlan) -> BlockOutcome:
+    """Quantize the block of that name and index in place by the plan's steps, or plainly where that is better.
 
-    It is rounded plainly too where folding did not leave its function as it was. Raises QuantizationError naming the
-    block when its output is not finite.
+    Attention is quantized before what the MLP reads is looked at, and so on: each stage sees the error of the ones
+    before. Raises QuantizationError naming the module whose input is not finite.
     """
-    captured = capture(block, index, inputs, plan.observed_names())
-    for observed, statistics in captured.statistics.items():
-        check_finite(f"the input of {name}.{observed}", statistics.gram)
-    sample, target = inputs[0], captured.outputs[0].hidden
+    pair = BlockPair(index, copy.deepcopy(block), block, streams)
+    outputs = [run_block(pair.original, index, chunk) for chunk in streams.original]
+    token_weights = relative_weights(outputs)
+    writers = (
+        find_stream_writers(block, index, streams.original[0], plan.linear_names()) if plan.steps.correction else {}
+    )
+    sample, target = streams.current[0], outputs[0].hidden
     plain = copy.deepcopy(block)
     plain_packed = round_block_plainly(plain, plan)
-    plain_error = _change(run_block(plain, index, sample).hidden, target, sample.hidden)
+    plain_error = _change(run_block(plain, index, sample).hidden, target, streams.original[0].hidden)
 
-    folded = fold_scales(block, plan, captured.statistics)
-    fold_error = _change(run_block(block, index, sample).hidden, target, sample.hidden)
-    plain_losses = {
-        linear: loss
-        for group in plan.groups
-        for linear, loss in zip(group.linears, folded[group.observed].choice.plain_losses, strict=True)
-    }
-    chosen_error = plain_error
-    if fold_error < MAX_FOLD_ERROR:
-        results = round_folded(block, plan, captured.statistics, folded)
-        chosen_error = _change(run_block(block, index, sample).hidden, target, sample.hidden)
-    if fold_error < MAX_FOLD_ERROR and chosen_error <= plain_error:
+    results: dict[str, LayerResult] = {}
+    for stage in stages_of(block, plan.groups):
+        statistics = _capture(pair, stage, plan, writers, token_weights)
+        for observed, inputs in statistics.inputs.items():
+            check_finite(f"the input of {name}.{observed}", inputs.gram)
+        folded = _fold(pair, stage, plan, statistics)
+        results |= round_folded(block, stage, plan, statistics, folded)
+    chosen_error = _change(run_block(block, index, sample).hidden, target, streams.original[0].hidden)
+
+    if chosen_error <= plain_error:
         kept, packed = "searched", {linear: result.packed for linear, result in results.items()}
         layers = [
-            LayerLoss(f"{name}.{linear}", result.formula, plain_losses[linear], result.loss)
+            LayerLoss(f"{name}.{linear}", result.formula, result.plain_loss, result.loss)
             for linear, result in results.items()
         ]
     else:
         block.load_state_dict(plain.state_dict())
         kept, packed = "plain", plain_packed
-        layers = [LayerLoss(f"{name}.{linear}", "plain", loss, loss) for linear, loss in plain_losses.items()]
+        layers = [
+            LayerLoss(f"{name}.{linear}", "plain", result.plain_loss, result.plain_loss)
+            for linear, result in results.items()
+        ]
+    current = [run_block(block, index, chunk) for chunk in streams.current]
     return BlockOutcome(
         packed=packed,
-        next_inputs=[run_block(block, index, chunk) for chunk in inputs],
+        next_streams=Streams(outputs if plan.steps.correction else current, current),
         layers=tuple(layers),
-        error=BlockError(name, plain_error, chosen_error, kept),
+        error=BlockError(name, plain_error, min(chosen_error, plain_error), kept),
     )
+
+
+def stages_of(block: nn.Module, groups: Sequence[ScaleGroup]) -> list[tuple[ScaleGroup, ...]]:
+    """The groups in sets that are quantized at once: those whose scales fold into linears of each other are together.
+
+    A set keeps the order of its groups; sets come in the order in which their first linears stand in the block.
+    """
+    stages: list[list[ScaleGroup]] = []
+    for group in groups:
+        source = None if group.source is None else group.source.name
+        home = next((stage for stage in stages if any(source in other.linears for other in stage)), None)
+        if home is None:
+            stages.append([group])
+        else:
+            home.append(group)
+    places = {name: place for place, (name, _) in enumerate(block.named_modules())}
+    return sorted(map(tuple, stages), key=lambda stage: min(places[name] for group in stage for name in group.linears))
+
+
+def _capture(
+    pair: BlockPair,
+    stage: Sequence[ScaleGroup],
+    plan: BlockPlan,
+    writers: Mapping[str, StreamWriter],
+    token_weights: Sequence[Tensor],
+) -> PairStatistics:
+    observed = {linear: group.observed for group in stage for linear in group.linears}
+    if not plan.steps.correction:
+        names = list(dict.fromkeys(observed.values()))
+        return PairStatistics(capture(pair.current, pair.index, pair.streams.current, names), {})
+    own = {linear: writer for linear, writer in writers.items() if linear in observed}
+    return capture_pair(pair, observed, own, token_weights)
+
+
+def _fold(
+    pair: BlockPair, stage: Sequence[ScaleGroup], plan: BlockPlan, statistics: PairStatistics
+) -> dict[str, FoldedGroup]:
+    """Search and fold the scales of a stage; all are left at 1 where folding changes what the block computes."""
+    block, sample = pair.current, pair.streams.current[0]
+    choices = choose_scales(block, stage, plan, statistics.inputs)
+    if not plan.steps.scales:
+        return keep_scales(block, stage, choices)
+    before = copy.deepcopy(block.state_dict())
+    expected = run_block(block, pair.index, sample).hidden
+    folded = fold_scales(block, stage, choices)
+    if _change(run_block(block, pair.index, sample).hidden, expected, sample.hidden) < MAX_FOLD_ERROR:
+        return folded
+    block.load_state_dict(before)
+    return keep_scales(block, stage, choices)
 
 
 def _change(output: Tensor, target: Tensor, before: Tensor) -> float:

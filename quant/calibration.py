@@ -52,7 +52,7 @@ class CalibrationText:
 def read_texts(recipe: Recipe) -> tuple[CalibrationText, ...]:
     """The text of each source that the recipe names, in its order. Raises SourceError when one cannot be read."""
     sources = parse_mix(recipe.calibration)
-    counts = row_counts(sources, recipe.num_samples)
+    counts = row_counts(sources, recipe.calibration_shape[0])
     return tuple(_read_source(source, num_rows) for source, num_rows in zip(sources, counts, strict=True))
 
 
@@ -66,7 +66,7 @@ def calibration_tokens(
     """
     rows = []
     for text in texts:
-        shape = (text.origin.num_rows, recipe.sample_tokens)
+        shape = (text.origin.num_rows, recipe.calibration_shape[1])
         if text.content is None:
             rows.append(write_text(source.model, source.tokenizer, shape, recipe.seed, on_step))
         else:

@@ -1,10 +1,10 @@
-"""Runs blocks over the calibration tokens and sums up what their linears read. It changes no weight.
+"""Runs blocks over the calibration tokens and tells what their modules read and give. It changes no weight.
 
-Legend: B = sequences of a chunk, T = tokens of a sequence, K = in features of a linear.
+Legend: B = sequences of a chunk, T = tokens of a sequence, K = in features of a module, N = its out features.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,23 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quant.errors import SourceError
-from quant.linear_experts import Expert, LinearExperts
 from quant.model_structure import BlockStack
 
 # tokens that go through a block at a time: enough to fill the cores, few enough to stay small in memory
 CHUNK_TOKENS = 2048
-# an expert that saw fewer tokens than this is known too little from them, and is shown all
-MIN_EXPERT_TOKENS = 256
 # what decoders call the cache that they hand to a block
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """What is kept of a linear's input X [tokens, K]: gram = X^T X / tokens [K, K] and mean |x| [K], both float32."""
-
-    gram: Tensor
-    mean_magnitude: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,11 +46,11 @@ class BlockInput:
 
 
 @dataclass(frozen=True)
-class CapturedBlock:
-    """What one pass over a block gives: the chunks as it leaves them, and statistics by linear name."""
+class Observation:
+    """What named modules of a block read, as [tokens, K], and gave, as [tokens, N]: float32, of one chunk."""
 
-    outputs: list[BlockInput]
-    statistics: dict[str, InputStatistics]
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
 
 
 class BlockRecorder(nn.Module):
@@ -80,31 +69,8 @@ class BlockRecorder(nn.Module):
         return (hidden_states,) if self._returns_tuple else hidden_states
 
 
-class StatisticsSum:
-    """Adds up the statistics of one linear's input, in float32 whatever the dtype of the states."""
-
-    def __init__(self, num_features: int) -> None:
-        self._gram = torch.zeros(num_features, num_features)
-        self._magnitude = torch.zeros(num_features)
-        self._num_tokens = 0
-
-    def add(self, inputs: Tensor) -> None:
-        """Count the inputs [..., K] of a call."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self._gram.addmm_(rows.T, rows)
-        self._magnitude += rows.abs().sum(dim=0)
-        self._num_tokens += rows.shape[0]
-
-    @property
-    def num_tokens(self) -> int:
-        """How many have been counted."""
-        return self._num_tokens
-
-    def result(self) -> InputStatistics:
-        """The means over all tokens counted. Where there were none, every channel counts the same."""
-        if self._num_tokens == 0:
-            return InputStatistics(torch.eye(len(self._gram)), torch.ones_like(self._magnitude))
-        return InputStatistics(gram=self._gram / self._num_tokens, mean_magnitude=self._magnitude / self._num_tokens)
+class _SeenAllError(Exception):
+    """Ends the run of a block of which nothing more is wanted."""
 
 
 def embed(stack: BlockStack, token_ids: Tensor) -> list[BlockInput]:
@@ -130,17 +96,39 @@ def embed(stack: BlockStack, token_ids: Tensor) -> list[BlockInput]:
     ]
 
 
-def capture(block: nn.Module, block_index: int, inputs: Sequence[BlockInput], names: Sequence[str]) -> CapturedBlock:
-    """Run the block over all chunks: its outputs, and the statistics of what each named module reads.
+def observe(
+    block: nn.Module, block_index: int, chunk: BlockInput, inputs: Collection[str], outputs: Collection[str] = ()
+) -> Observation:
+    """Run the block on the chunk until all named modules have been seen. The block's own name is "".
 
-    Named modules have a weight [N, K]. An expert that few tokens reached is shown all tokens in a second run.
+    Modules that do not run are left out; one that runs more than once shows its first time.
     """
-    sums = {name: _sum_for(block, name) for name in names}
-    hooks = [block.get_submodule(name).register_forward_pre_hook(_counting(total)) for name, total in sums.items()]
-    outputs = _run_hooked(block, block_index, inputs, hooks)
-    starved = [name for name, total in sums.items() if total.num_tokens < MIN_EXPERT_TOKENS]
-    sums |= _count_all_tokens(block, block_index, inputs, starved)
-    return CapturedBlock(outputs, {name: total.result() for name, total in sums.items()})
+    read: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+
+    def stop_when_all_seen() -> None:
+        if len(read) == len(inputs) and len(given) == len(outputs):
+            raise _SeenAllError
+
+    def reading(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            read.setdefault(name, _as_rows(arguments[0]))
+            stop_when_all_seen()
+
+        return note
+
+    def giving(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
+        def note(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            given.setdefault(name, _as_rows(output[0] if isinstance(output, tuple) else output))
+            stop_when_all_seen()
+
+        return note
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(reading(name)) for name in inputs]
+    hooks += [block.get_submodule(name).register_forward_hook(giving(name)) for name in outputs]
+    with suppress(_SeenAllError):
+        run_hooked(block, block_index, chunk, hooks)
+    return Observation(read, given)
 
 
 def readers_by_tensor(
@@ -149,7 +137,7 @@ def readers_by_tensor(
     """The named modules in sets: those that read the very same tensor are together. Modules that do not run are out."""
     read: list[tuple[Tensor, str]] = []
     hooks = [block.get_submodule(name).register_forward_pre_hook(_noting(name, read)) for name in names]
-    _run_hooked(block, block_index, [chunk], hooks)
+    run_hooked(block, block_index, chunk, hooks)
     # `read` holds the tensors, so no two of them have had one address
     readers: dict[int, list[str]] = {}
     for tensor, name in read:
@@ -162,45 +150,17 @@ def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInp
     return BlockInput(chunk.contexts[block_index].run(block, chunk.hidden), chunk.contexts)
 
 
-def _count_all_tokens(
-    block: nn.Module, block_index: int, inputs: Sequence[BlockInput], starved: Sequence[str]
-) -> dict[str, StatisticsSum]:
-    """Sums for the starved among the linears of experts: what they would read if every token went there."""
-    sums: dict[str, StatisticsSum] = {}
-    hooks = []
-    for name, experts in block.named_modules():
-        if isinstance(experts, LinearExperts):
-            for number, expert in experts.named_experts().items():
-                prefix = f"{name}.{number}."
-                own = {linear.removeprefix(prefix): linear for linear in starved if linear.startswith(prefix)}
-                if own:
-                    shown = {linear: _sum_for(block, full) for linear, full in own.items()}
-                    sums |= {own[linear]: total for linear, total in shown.items()}
-                    hooks.append(experts.register_forward_pre_hook(_showing(expert, shown)))
-    if sums:
-        _run_hooked(block, block_index, inputs, hooks)
-    return sums
-
-
-def _run_hooked(
-    block: nn.Module, block_index: int, inputs: Sequence[BlockInput], hooks: Sequence[RemovableHandle]
-) -> list[BlockInput]:
+def run_hooked(block: nn.Module, block_index: int, chunk: BlockInput, hooks: Sequence[RemovableHandle]) -> BlockInput:
+    """run_block under hooks, which are removed whatever happens."""
     try:
-        return [run_block(block, block_index, chunk) for chunk in inputs]
+        return run_block(block, block_index, chunk)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _sum_for(block: nn.Module, name: str) -> StatisticsSum:
-    return StatisticsSum(block.get_submodule(name).get_parameter("weight").shape[1])
-
-
-def _counting(total: StatisticsSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def count(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        total.add(arguments[0])
-
-    return count
+def _as_rows(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1]).float()
 
 
 def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -208,15 +168,6 @@ def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, t
         read.append((arguments[0], name))
 
     return note
-
-
-def _showing(expert: Expert, sums: Mapping[str, StatisticsSum]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def show(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        read = expert.inputs(arguments[0])
-        for name, total in sums.items():
-            total.add(read[name])
-
-    return show
 
 
 def _returns_tuple(stack: BlockStack, token_ids: Tensor) -> bool:

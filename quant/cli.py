@@ -17,13 +17,18 @@ from quant.checkpoint.output_format import OutputFormat
 from quant.cli_checkpoint import convert_command, inspect_command
 from quant.errors import RecipeError
 from quant.evaluate import EvalOptions, evaluate_checkpoint, render
+from quant.method import Method
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
-from quant.recipe import GROUP_SIZES, ROW, Method, Recipe
+from quant.recipe import GROUP_SIZES, ROW, Recipe
 from quant.report import layer_table, summary_table
 from quant.terminal import PROGRAM, ProgressFormat, exit_codes
 
 AUTO = "auto"
+METHOD_HELP = (
+    "awq+gptq scales, corrects and rounds with error feedback; best does it on more text; awq and gptq are its parts, "
+    "and rtn rounds plainly"
+)
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -50,7 +55,7 @@ def quantize_command(
     output_format: Annotated[
         str, typer.Option("--format", help="awq, compressed-tensors, or auto: awq for 4 bits, the other for 3 and 8")
     ] = AUTO,
-    method: Annotated[Method, typer.Option(help="awq searches scales and ranges; rtn rounds plainly")] = Recipe.method,
+    method: Annotated[Method, typer.Option(help=METHOD_HELP)] = Recipe.method,
     calib: Annotated[
         str,
         typer.Option(
@@ -58,8 +63,10 @@ def quantize_command(
             "set, or a mix like wikitext:0.5,self:0.5"
         ),
     ] = SELF_CALIBRATION,
-    calib_samples: Annotated[int, typer.Option(help="calibration rows")] = Recipe.num_samples,
-    calib_seqlen: Annotated[int, typer.Option(help="tokens per calibration row")] = Recipe.sample_tokens,
+    calib_samples: Annotated[
+        int | None, typer.Option(help="calibration rows; by default what the method gains from")
+    ] = None,
+    calib_seqlen: Annotated[int | None, typer.Option(help="tokens per calibration row, likewise")] = None,
     seed: Annotated[int, typer.Option(help="seed of the text that the model writes")] = Recipe.seed,
     progress_format: Annotated[ProgressFormat, typer.Option(help="how progress is told")] = ProgressFormat.RICH,
     max_kl: Annotated[

@@ -14,7 +14,8 @@ from huggingface_hub.repocard import metadata_load
 from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import without_directories
 from quant.checkpoint.output_format import OutputFormat
-from quant.recipe import ROW, Method
+from quant.method import Method
+from quant.recipe import ROW
 from quant.report import HeldOutQuality, Report, describe_origins
 
 CARD_FILE = "README.md"
@@ -111,9 +112,10 @@ def recipe_options(report: Report) -> list[str]:
         *("--method", recipe.method.value, "--bits", str(recipe.bits), "--group-size", group_size),
         *("--format", recipe.output_format.value, "--seed", str(recipe.seed)),
     ]
-    if recipe.method is Method.AWQ:
+    if recipe.steps.calibrates:
         options += ["--calib", without_directories(recipe.calibration)]
-        options += ["--calib-samples", str(recipe.num_samples), "--calib-seqlen", str(recipe.sample_tokens)]
+        num_samples, sample_tokens = map(str, recipe.calibration_shape)
+        options += ["--calib-samples", num_samples, "--calib-seqlen", sample_tokens]
     if recipe.max_kl is not None:
         options += ["--max-kl", f"{recipe.max_kl:g}"]
     return options if recipe.num_windows else [*options, "--no-eval"]

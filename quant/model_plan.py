@@ -51,7 +51,7 @@ def plan_model(recipe: Recipe, model: PreTrainedModel) -> ModelPlan:
         raise SourceError(f"model type {model_type!r} has no linear layer in its blocks to quantize")
     group_size = choose_group_size(recipe.group_size, {name: linear.in_features for name, linear in linears.items()})
     grouping = Grouping(recipe.bits, group_size)
-    return ModelPlan(stack, {name: BlockPlan(own, grouping) for name, own in groups.items()}, grouping)
+    return ModelPlan(stack, {name: BlockPlan(own, grouping, recipe.steps) for name, own in groups.items()}, grouping)
 
 
 def shortcomings(plan: ModelPlan, model: PreTrainedModel) -> tuple[str, ...]:

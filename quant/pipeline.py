@@ -21,11 +21,12 @@ from quant.checkpoint.output_format import check_fits
 from quant.checkpoint.stored_module import PackedSpec, bits_per_weight
 from quant.checkpoint.writer import CheckpointWriter, check_place
 from quant.held_out import check_quality, measure_held_out, predict_held_out
+from quant.input_statistics import Streams
 from quant.model_card import CARD_FILE, model_card, read_licence
 from quant.model_plan import ModelPlan, plain_names, plan_model, shortcomings
 from quant.model_structure import stored_modules, stored_tensors
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report
 from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
@@ -62,7 +63,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     """
     start_s = time.monotonic()
     check_place(out)
-    texts = read_texts(recipe) if recipe.method is Method.AWQ else ()
+    texts = read_texts(recipe) if recipe.steps.calibrates else ()
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
     source = open_source(source_path)
@@ -74,7 +75,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     num_bytes = expected_bytes(source.model, planned) + sum(map(len, files.values()))
     with CheckpointWriter(out, expected_bytes=num_bytes, output_format=recipe.output_format) as writer:
         job = Job(recipe, source, plan, writer, meter)
-        tokens = calibration_tokens(recipe, source, texts, _steps_of(meter)) if recipe.method is Method.AWQ else None
+        tokens = calibration_tokens(recipe, source, texts, _steps_of(meter)) if recipe.steps.calibrates else None
         measure = _measuring(job)
         numbers = _round_blocks(job) if tokens is None else _search_blocks(job, tokens)
         _write_plain_tensors(job)
@@ -119,17 +120,18 @@ def _steps_of(meter: ProgressMeter) -> Callable[[int, int], None]:
 
 
 def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
-    """AWQ: block after block, each on the states that the quantized blocks before it give."""
+    """Block after block, each on the states that the quantized blocks before it give and on those of the original."""
     inputs = embed(job.plan.stack, tokens.ids)
+    streams = Streams(inputs, inputs)
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
     blocks = job.plan.stack.blocks
     job.meter.report("quantize", 0, len(blocks))
     for index, (block_name, block) in enumerate(blocks.items()):
         plan = job.plan.blocks[block_name]
-        plan = replace(plan, groups=share_inputs(plan.groups, block, index, inputs[0]))
-        outcome = search_block(block, block_name, index, inputs, plan)
-        inputs = outcome.next_inputs
+        plan = replace(plan, groups=share_inputs(plan.groups, block, index, streams.current[0]))
+        outcome = search_block(block, block_name, index, streams, plan)
+        streams = outcome.next_streams
         layers += outcome.layers
         errors.append(outcome.error)
         _write_packed(job, block_name, outcome.packed)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from kernels.layout import SUPPORTED_BITS, WHOLE_ROW
 from quant.calibration_mix import SELF_CALIBRATION, parse_mix, row_counts
 from quant.checkpoint.output_format import OutputFormat
 from quant.errors import RecipeError
+from quant.method import STEPS, Method, MethodSteps
 
 GROUP_SIZES = (128, 64, 32)
 # how people write WHOLE_ROW
@@ -21,13 +21,6 @@ MAX_SAMPLE_TOKENS = 1_048_576
 MAX_SEED = 2**63 - 1
 
 
-class Method(StrEnum):
-    """How codes are found: AWQ searches scales and ranges first, RTN rounds the weights as they are."""
-
-    AWQ = "awq"
-    RTN = "rtn"
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model, WHOLE_ROW one
@@ -35,18 +28,19 @@ class Recipe:
 
     format: how the checkpoint is written; None means AWQ where it can hold the bits, else compressed-tensors.
     calibration: "self" (the model writes its own text), a preset, a file's path, a hub data set, or a mix of them with
-    shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each.
+    shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each; None means
+    what the method gains from.
     num_windows: the result is measured on so many windows of the text that ships with the program; 0 measures nothing.
     max_kl: a result whose mean KL to the original is higher, in nats, is refused; None refuses none.
     Raises RecipeError, naming the option, when a value is out of range.
     """
 
-    method: Method = Method.AWQ
+    method: Method = Method.AWQ_GPTQ
     bits: int = 4
     group_size: int | None = None
     calibration: str = SELF_CALIBRATION
-    num_samples: int = 32
-    sample_tokens: int = 128
+    num_samples: int | None = None
+    sample_tokens: int | None = None
     num_windows: int = 2
     seed: int = 0
     max_kl: float | None = None
@@ -64,14 +58,14 @@ class Recipe:
                 f"use --format {OutputFormat.COMPRESSED_TENSORS}"
             )
         for name, value, smallest, largest in (
-            ("calibration samples", self.num_samples, 1, MAX_SAMPLES),
-            ("calibration tokens", self.sample_tokens, 1, MAX_SAMPLE_TOKENS),
+            ("calibration samples", self.calibration_shape[0], 1, MAX_SAMPLES),
+            ("calibration tokens", self.calibration_shape[1], 1, MAX_SAMPLE_TOKENS),
             ("number of windows", self.num_windows, 0, MAX_SAMPLES),
             ("seed", self.seed, 0, MAX_SEED),
         ):
             if not smallest <= value <= largest:
                 raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}")
-        row_counts(parse_mix(self.calibration), self.num_samples)
+        row_counts(parse_mix(self.calibration), self.calibration_shape[0])
         self._check_max_kl()
 
     def _check_max_kl(self) -> None:
@@ -81,6 +75,19 @@ class Recipe:
             raise RecipeError(f"the highest KL is {self.max_kl}; it must be a number of nats above 0, like 0.2")
         if self.num_windows == 0:
             raise RecipeError("the highest KL is set, but nothing is measured: allow the measurement, or leave it out")
+
+    @property
+    def steps(self) -> MethodSteps:
+        """What the method does."""
+        return STEPS[self.method]
+
+    @property
+    def calibration_shape(self) -> tuple[int, int]:
+        """Rows of calibration text, and tokens a row."""
+        return (
+            self.steps.num_samples if self.num_samples is None else self.num_samples,
+            self.steps.sample_tokens if self.sample_tokens is None else self.sample_tokens,
+        )
 
     @property
     def output_format(self) -> OutputFormat:

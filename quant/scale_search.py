@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quant.capture import InputStatistics
+from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly, split_groups
 
+# the scale of 1
+IDENTITY = "identity"
 # the paper's grid for the exponent, 0 excluded: that is the identity
 EXPONENTS = tuple(index / 20 for index in range(1, 21))
 # magnitudes below this would make scales that float16 cannot hold
@@ -96,7 +98,7 @@ def keep_unscaled(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
     """The identity with its numbers."""
     signals = signals_of(shared)
     num_channels = shared.weights[0].shape[1] // shared.spread.repeats
-    identity = ScaleCandidate("identity", torch.ones(num_channels))
+    identity = ScaleCandidate(IDENTITY, torch.ones(num_channels))
     return ScaleChoice(identity, signals, _losses(identity, shared, signals, grouping))
 
 

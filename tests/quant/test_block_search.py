@@ -1,6 +1,6 @@
 """One block: what is written is what the next block reads, and plain rounding stands in for a search that failed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,15 @@ import quant.block_search
 from kernels.layout import PackedWeight, unpack
 from kernels.reference import dequantize
 from quant.block import BlockPlan, FoldedGroup, fold_scales, round_block_plainly
-from quant.block_groups import groups_of
-from quant.block_search import BlockOutcome, search_block
-from quant.capture import BlockInput, InputStatistics, embed, run_block
+from quant.block_groups import ScaleGroup, groups_of
+from quant.block_search import BlockOutcome, search_block, stages_of
+from quant.capture import BlockInput, embed, run_block
+from quant.input_statistics import Streams
+from quant.method import STEPS, Method
 from quant.model_structure import find_blocks
 from quant.rounding import GroupRange, full_range
 from quant.scale_groups import linear_of, rows_of
-from quant.scale_search import Grouping
+from quant.scale_search import IDENTITY, Grouping, ScaleChoice
 from tests.tiny_models import save_tiny_model
 
 NAME = "model.layers.0"
@@ -38,7 +40,7 @@ class Subject:
 
     def search(self) -> BlockOutcome:
         with torch.no_grad():
-            return search_block(self.block, NAME, 0, self.inputs, self.plan)
+            return search_block(self.block, NAME, 0, Streams(self.inputs, self.inputs), self.plan)
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def subject(tmp_path: Path) -> Subject:
         model, rounded = (AutoModelForCausalLM.from_pretrained(directory).eval() for _ in range(2))
         block = find_blocks(model).blocks[NAME]
         groups = groups_of(block, rows_of("llama"), model.config)
-        plan = BlockPlan(groups, Grouping(bits=4, group_size=32))
+        plan = BlockPlan(groups, Grouping(bits=4, group_size=32), STEPS[Method.AWQ_GPTQ])
         plain = round_block_plainly(find_blocks(rounded).blocks[NAME], plan)
         inputs = embed(find_blocks(model), tokens)
         return Subject(block, plan, inputs, run_block(block, 0, inputs[0]).hidden, plain)
@@ -69,18 +71,18 @@ def test_the_next_block_reads_what_the_packed_weights_give(subject: Subject) -> 
         assert torch.equal(linear_of(subject.block, name).weight, dequantize(packed))
     with torch.no_grad():
         quantized = run_block(subject.block, 0, subject.inputs[0]).hidden
-    assert torch.equal(outcome.next_inputs[0].hidden, quantized)
-    assert not torch.allclose(outcome.next_inputs[0].hidden, subject.original_output, atol=1e-3)
+    assert torch.equal(outcome.next_streams.current[0].hidden, quantized)
+    assert not torch.allclose(outcome.next_streams.current[0].hidden, subject.original_output, atol=1e-3)
 
 
 def test_a_fold_that_changes_the_function_is_undone(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     # given folding that forgets one consumer
     def forget_the_gate(
-        block: nn.Module, plan: BlockPlan, statistics: Mapping[str, InputStatistics]
+        block: nn.Module, groups: Sequence[ScaleGroup], choices: Mapping[str, ScaleChoice]
     ) -> dict[str, FoldedGroup]:
         weight = linear_of(block, "mlp.gate_proj").weight
         before = weight.detach().clone()
-        folded = fold_scales(block, plan, statistics)
+        folded = fold_scales(block, groups, choices)
         weight.copy_(before)
         return folded
 
@@ -88,9 +90,12 @@ def test_a_fold_that_changes_the_function_is_undone(subject: Subject, monkeypatc
 
     outcome = subject.search()
 
-    assert outcome.error.kept == "plain"
-    assert is_plain(subject, outcome)
-    assert all(layer.chosen == layer.plain for layer in outcome.layers)
+    # then the MLP goes unscaled, attention keeps its scales, and the block is still better than plainly rounded
+    formulas = {layer.name.rpartition(".")[2]: layer.formula for layer in outcome.layers}
+    assert {formulas["gate_proj"], formulas["up_proj"], formulas["down_proj"]} == {IDENTITY}
+    assert formulas["q_proj"] != IDENTITY
+    assert outcome.error.kept == "searched"
+    assert outcome.error.chosen < outcome.error.plain
 
 
 def test_a_search_that_ends_worse_than_plain_rounding_is_not_written(
@@ -105,6 +110,21 @@ def test_a_search_that_ends_worse_than_plain_rounding_is_not_written(
 
     outcome = subject.search()
 
-    assert outcome.error.chosen > outcome.error.plain
     assert outcome.error.kept == "plain"
     assert is_plain(subject, outcome)
+    assert all(layer.chosen == layer.plain for layer in outcome.layers)
+
+
+def test_attention_is_quantized_before_the_mlp_and_scales_stay_with_what_they_fold_into(subject: Subject) -> None:
+    # given the groups in another order than they run in
+    groups = subject.plan.groups
+    stages = stages_of(subject.block, [*groups[2:], *groups[:2]])
+    assert [[group.observed for group in stage] for stage in stages] == [
+        ["self_attn.q_proj", "self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.down_proj"],
+    ]
+
+
+def test_the_original_goes_on_beside_the_quantized_model_where_weights_are_corrected(subject: Subject) -> None:
+    outcome = subject.search()
+    torch.testing.assert_close(outcome.next_streams.original[0].hidden, subject.original_output)

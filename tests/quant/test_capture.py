@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant import capture as capture_module
-from quant.capture import StatisticsSum, capture, embed, run_block
+from quant.capture import embed, observe, run_block
 from quant.errors import SourceError
 from quant.model_structure import find_blocks
 from tests.quant.tiny_families import VARIANTS, Variant, open_tiny
@@ -42,69 +42,19 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(
     torch.testing.assert_close(torch.cat([chunk.hidden for chunk in inputs]), expected)
 
 
-def test_statistics_are_those_of_all_tokens_that_the_linear_reads(tmp_path: Path) -> None:
+def test_modules_are_observed_without_leaving_a_hook_or_running_on(tmp_path: Path) -> None:
     model = llama(tmp_path)
     block = model.get_submodule("model.layers.0")
+    ran: list[str] = []
     with torch.no_grad():
-        inputs = embed(find_blocks(model), TOKENS)
-        captured = capture(block, 0, inputs, ["self_attn.q_proj"])
-        read = block.get_submodule("input_layernorm")(torch.cat([chunk.hidden for chunk in inputs])).reshape(-1, 64)
-    statistics = captured.statistics["self_attn.q_proj"]
-    torch.testing.assert_close(statistics.gram, read.T @ read / len(read))
-    torch.testing.assert_close(statistics.mean_magnitude, read.abs().mean(dim=0))
-
-
-def test_capture_leaves_no_hook_behind(tmp_path: Path) -> None:
-    model = llama(tmp_path)
-    block = model.get_submodule("model.layers.0")
-    with torch.no_grad():
-        capture(block, 0, embed(find_blocks(model), TOKENS[:1]), ["mlp.down_proj"])
-    assert not block.get_submodule("mlp.down_proj")._forward_pre_hooks
-    assert len(find_blocks(model).blocks) == 2
-
-
-def test_experts_that_few_tokens_reach_are_shown_all(tmp_path: Path) -> None:
-    model = open_tiny(next(variant for variant in VARIANTS if variant.name == "qwen3-moe"), tmp_path)
-    block = find_blocks(model).blocks["model.layers.0"]
-    # given a router that sends no token to expert 3
-    read: list[Tensor] = []
-    block.get_submodule("mlp.gate").register_forward_pre_hook(lambda _module, arguments: read.append(arguments[0]))
-    with torch.no_grad():
-        inputs = embed(find_blocks(model), TOKENS)
-        run_block(block, 0, inputs[0])
-        block.get_submodule("mlp.gate").get_parameter("weight")[3] = -100 * read[0].mean(dim=0)
-        read.clear()
-        captured = capture(block, 0, inputs, ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"])
-        expert = block.get_submodule("mlp.experts.3")
-        states = torch.cat(read[: len(inputs)])
-        activations = torch.nn.functional.silu(expert.gate_proj(states)) * expert.up_proj(states)
-    shown = captured.statistics["mlp.experts.3.down_proj"]
-    torch.testing.assert_close(shown.gram, activations.T @ activations / len(activations))
-    assert not block.get_submodule("mlp.experts")._forward_pre_hooks
-
-
-def test_an_expert_that_many_tokens_reach_is_known_by_them_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(capture_module, "MIN_EXPERT_TOKENS", 2)
-    model = open_tiny(next(variant for variant in VARIANTS if variant.name == "qwen3-moe"), tmp_path)
-    block = find_blocks(model).blocks["model.layers.0"]
-    read: list[Tensor] = []
-    with torch.no_grad():
-        inputs = embed(find_blocks(model), TOKENS)
-        block.get_submodule("mlp.experts.0.down_proj").register_forward_pre_hook(
-            lambda _module, arguments: read.append(arguments[0])
-        )
-        captured = capture(block, 0, inputs, ["mlp.experts.0.down_proj"])
-    own = torch.cat(read)
-    assert 2 <= len(own) < TOKENS.numel()
-    torch.testing.assert_close(captured.statistics["mlp.experts.0.down_proj"].gram, own.T @ own / len(own))
-
-
-def test_of_an_input_that_no_token_reaches_every_channel_counts_the_same() -> None:
-    statistics = StatisticsSum(3).result()
-    assert torch.equal(statistics.gram, torch.eye(3))
-    assert torch.equal(statistics.mean_magnitude, torch.ones(3))
+        chunk = embed(find_blocks(model), TOKENS[:1])[0]
+        block.get_submodule("mlp").register_forward_hook(lambda *_: ran.append("mlp"))
+        seen = observe(block, 0, chunk, ["self_attn.o_proj"], ["self_attn.o_proj"])
+    projected = block.get_submodule("self_attn.o_proj")(seen.inputs["self_attn.o_proj"])
+    torch.testing.assert_close(seen.outputs["self_attn.o_proj"], projected)
+    assert not ran
+    assert not block.get_submodule("self_attn.o_proj")._forward_pre_hooks
+    assert not block.get_submodule("self_attn.o_proj")._forward_hooks
 
 
 def test_a_decoder_that_changes_states_between_blocks_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from quant.checkpoint.output_format import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.dense_checkpoint import load_dense
+from quant.method import Method
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from quant.rounding import codes_of, full_range, grid_of
 from quant.source import open_source
 from tests.tiny_models import save_tiny_model

@@ -12,8 +12,9 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, SourceError
 from quant.evaluate import EvalOptions, evaluate_checkpoint
+from quant.method import Method
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from tests.quant.tiny_families import EXPERTS, TOKENS, VARIANTS, Variant
 from tests.tiny_models import save_tiny_model
 

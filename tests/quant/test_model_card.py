@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from quant.checkpoint.output_format import OutputFormat
 from quant.cli import app
+from quant.method import Method
 from quant.model_card import model_card, read_licence, recipe_options
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from quant.report import CalibrationOrigin, CalibrationSummary, HeldOutQuality, Report
 from tests.tiny_models import save_tiny_model
 

@@ -13,12 +13,15 @@ from kernels.reference import dequantize
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import OutputError, QuantizationError, RecipeError, SourceError
+from quant.method import Method
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from quant.report import REPORT_FILE
 from tests.tiny_models import TINY_MODEL_TYPES, save_tiny_model
 
-AWQ = Recipe(num_samples=6, sample_tokens=48, num_windows=0)
+AWQ = Recipe(method=Method.AWQ, num_samples=6, sample_tokens=48, num_windows=0)
+# what is fitted to the text needs more of it
+AWQ_GPTQ = Recipe(method=Method.AWQ_GPTQ, num_samples=64, sample_tokens=64, num_windows=0)
 RTN = Recipe(method=Method.RTN, num_windows=0)
 TOKENS = torch.arange(3 * 40).view(3, 40) * 11 % 256
 
@@ -43,10 +46,13 @@ def divergence(model: PreTrainedModel, original: PreTrainedModel) -> float:
     return float(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / TOKENS.numel())
 
 
+@pytest.mark.parametrize("recipe", [AWQ, AWQ_GPTQ], ids=lambda recipe: recipe.method.value)
 @pytest.mark.parametrize("model_type", TINY_MODEL_TYPES)
-def test_the_written_model_is_closer_to_the_original_than_plain_rounding(model_type: str, tmp_path: Path) -> None:
+def test_the_written_model_is_closer_to_the_original_than_plain_rounding(
+    model_type: str, recipe: Recipe, tmp_path: Path
+) -> None:
     original = save_tiny_model(model_type, tmp_path / "model")
-    report = quantize(AWQ, original, tmp_path / "awq")
+    report = quantize(recipe, original, tmp_path / "awq")
     quantize(RTN, original, tmp_path / "rtn")
     reference = AutoModelForCausalLM.from_pretrained(original).eval()
     searched = divergence(dequantized_model(original, tmp_path / "awq"), reference)

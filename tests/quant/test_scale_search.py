@@ -2,7 +2,7 @@
 
 import torch
 
-from quant.capture import InputStatistics
+from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly
 from quant.scale_search import (
     ChannelSpread,

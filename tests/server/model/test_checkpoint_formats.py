@@ -16,8 +16,9 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError
+from quant.method import Method
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from server.model.layers import DenseLinear, JoinedLinear, Linear, QuantizedLinear
 from server.model.loader import LoadedModel, load_model
 from tests.quant.checkpoint.stored_modules import random_weight

@@ -6,7 +6,8 @@ import typer
 
 from kernels.layout import SUPPORTED_BITS
 from quant.cli import app
-from quant.recipe import GROUP_SIZES, Method, Recipe
+from quant.method import Method
+from quant.recipe import GROUP_SIZES, Recipe
 from server.api.jobs.schema import CHOICES, QuantizeBody
 from server.jobs.record import JobRecipe
 from server.jobs.supervisor import quantizer_arguments

@@ -1,0 +1,72 @@
+"""Rounds weights column after column, each with the error that the columns before it left (GPTQ, arXiv 2210.17323).
+
+Legend: N = out features, K = in features, G = groups along K.
+"""
+
+import torch
+from torch import Tensor
+
+from quant.errors import QuantizationError
+from quant.rounding import GroupGrid
+
+# added to the gram's diagonal, as a share of its mean: inputs that the calibration never saw must not explode
+DAMPING = 0.01
+# a gram that float32 cannot factor gets ten times the damping, so often at most
+MAX_DAMPING_RETRIES = 6
+# columns whose errors are spread among themselves at once, and over all later columns in one product after that
+BLOCK_COLUMNS = 64
+
+
+def round_with_feedback(weight: Tensor, gram: Tensor, grid: GroupGrid, bits: int) -> Tensor:
+    """weight float32 [N, K] on its groups' grids so that tr(D G D^T), D its error, is small for inputs of gram [K, K].
+
+    Columns go by falling input power ("act-order"): the most important ones are rounded while all others can still
+    make up for them. The grid stays that of each column's own group, so no `g_idx` is needed. Returns float32 [N, K].
+    Raises QuantizationError when the gram cannot be factored.
+    """
+    order = gram.diagonal().argsort(descending=True)
+    factor = _inverse_factor(gram[order][:, order])
+    group_of = order // (weight.shape[1] // grid.scales.shape[1])
+    # columns as rows: contiguous, so that a column is one read
+    columns, scales, zeros = (
+        values.T[index].contiguous()
+        for values, index in ((weight, order), (grid.scales, group_of), (grid.zeros, group_of))
+    )
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, len(columns))
+        errors = _round_columns(
+            columns[start:end], factor[start:end, start:end], scales[start:end], zeros[start:end], bits
+        )
+        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    rounded = torch.empty_like(columns)
+    rounded[order] = columns
+    return rounded.T.contiguous()
+
+
+def _round_columns(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Round a block of columns [B, N] in place, each taking on the errors before it. Returns the scaled errors."""
+    errors = torch.empty_like(columns)
+    for index, column in enumerate(columns):
+        codes = (column / scales[index]).round_().add_(zeros[index]).clamp_(0, 2**bits - 1)
+        rounded = codes.sub_(zeros[index]).mul_(scales[index])
+        torch.sub(column, rounded, out=errors[index]).div_(factor[index, index])
+        column.copy_(rounded)
+        columns[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
+    return errors
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = (gram + damping)^-1, float32 [K, K]."""
+    mean_power = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damping = DAMPING
+    for _ in range(1 + MAX_DAMPING_RETRIES):
+        lower, failed = torch.linalg.cholesky_ex(gram + torch.eye(len(gram)) * (damping * mean_power))
+        if not failed:
+            factor: Tensor
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return factor
+        damping *= 10
+    raise QuantizationError(
+        f"an input's gram matrix of {len(gram)} channels cannot be factored, damped up to {damping:g}"
+    )

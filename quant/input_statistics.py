@@ -1,0 +1,250 @@
+"""Sums up what the linears of a block read, in the model as it is and in the original beside it. Changes no weight.
+
+Legend: K = in features of a linear, N = its out features, X = its inputs in the original model [tokens, K],
+Y = its inputs in the model whose earlier layers are quantized [tokens, K].
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quant.capture import BlockInput, Observation, observe, run_hooked
+from quant.correction import Moments, SplitMoments
+from quant.linear_experts import Expert, LinearExperts
+from quant.residual import BLOCK, StreamWriter
+
+# an expert that saw fewer tokens than this is known too little from them, and is shown all
+MIN_EXPERT_TOKENS = 256
+# one token in so many tells how well a correction carries over to text that it was not fitted to
+HELD_OUT_SHARE = 4
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What is kept of a linear's input, float32: gram = Y^T Y / tokens [K, K] and mean |y| [K]."""
+
+    gram: Tensor
+    mean_magnitude: Tensor
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The chunks on their two ways: through the original blocks, and through what has been made of them."""
+
+    original: Sequence[BlockInput]
+    current: Sequence[BlockInput]
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """One block twice, `original` as the source has it and `current` as far as it is quantized, and what goes in.
+
+    index: the block's place in the model.
+    """
+
+    index: int
+    original: nn.Module
+    current: nn.Module
+    streams: Streams
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """inputs: by observed module. moments: by linear, what its weights are corrected with, if they are."""
+
+    inputs: Mapping[str, InputStatistics]
+    moments: Mapping[str, SplitMoments]
+
+
+class StatisticsSum:
+    """Adds up the statistics of one linear's input."""
+
+    def __init__(self, num_features: int) -> None:
+        self._gram = torch.zeros(num_features, num_features)
+        self._magnitude = torch.zeros(num_features)
+        self._num_tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Count inputs [tokens, K]."""
+        self._gram.addmm_(rows.T, rows)
+        self._magnitude += rows.abs().sum(dim=0)
+        self._num_tokens += len(rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many have been counted."""
+        return self._num_tokens
+
+    def result(self) -> InputStatistics:
+        """The means over all tokens counted. Where there were none, every channel counts the same."""
+        if self._num_tokens == 0:
+            return InputStatistics(torch.eye(len(self._gram)), torch.ones_like(self._magnitude))
+        return InputStatistics(gram=self._gram / self._num_tokens, mean_magnitude=self._magnitude / self._num_tokens)
+
+
+class PairSum:
+    """Adds up what linears that share an input are searched and corrected with, in both models."""
+
+    def __init__(self, num_features: int, num_outputs: Mapping[str, int]) -> None:
+        """num_outputs: N of those of the linears that add to the stream, by name."""
+        self._magnitude = torch.zeros(num_features)
+        self._num_tokens = 0
+        self._parts = tuple(
+            _Part(
+                gram=torch.zeros(num_features, num_features),
+                cross=torch.zeros(num_features, num_features),
+                drifts={linear: torch.zeros(size, num_features) for linear, size in num_outputs.items()},
+            )
+            for _ in ("fit", "held out")
+        )
+
+    def add(self, original: Tensor, current: Tensor, weights: Tensor, drifts: Mapping[str, Tensor]) -> None:
+        """Count inputs [tokens, K] of both models, weights [tokens] and the stream's drifts [tokens, N]."""
+        self._magnitude += current.abs().sum(dim=0)
+        self._num_tokens += len(current)
+        num_fitted = len(current) - len(current) // HELD_OUT_SHARE
+        for part, tokens in zip(self._parts, (slice(num_fitted), slice(num_fitted, None)), strict=True):
+            weighted = current[tokens] * weights[tokens, None]
+            part.gram.addmm_(weighted.T, current[tokens])
+            part.cross.addmm_(original[tokens].T, weighted)
+            for linear, drift in drifts.items():
+                part.drifts[linear].addmm_(drift[tokens].T, weighted)
+
+    def statistics(self) -> InputStatistics:
+        """What scales and ranges are searched with."""
+        gram = self._parts[0].gram + self._parts[1].gram
+        return InputStatistics(gram / self._num_tokens, self._magnitude / self._num_tokens)
+
+    def moments(self, linear: str) -> SplitMoments:
+        """What the named linear is corrected with."""
+        fit, held_out = (Moments(part.gram, part.cross, part.drifts.get(linear)) for part in self._parts)
+        return SplitMoments(fit, held_out)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sums over one part of the tokens, added to in place."""
+
+    gram: Tensor
+    cross: Tensor
+    drifts: Mapping[str, Tensor]
+
+
+def capture(
+    block: nn.Module, block_index: int, inputs: Sequence[BlockInput], names: Sequence[str]
+) -> dict[str, InputStatistics]:
+    """What each named module reads in all chunks. An expert that few tokens reached is shown all in a second run."""
+    sums = {name: _sum_for(block, name) for name in names}
+    for chunk in inputs:
+        for name, rows in observe(block, block_index, chunk, names).inputs.items():
+            sums[name].add(rows)
+    sums |= _show_all_tokens(block, block_index, inputs, sums)
+    return {name: total.result() for name, total in sums.items()}
+
+
+def capture_pair(
+    pair: BlockPair, observed: Mapping[str, str], writers: Mapping[str, StreamWriter], token_weights: Sequence[Tensor]
+) -> PairStatistics:
+    """What linears read in both streams, and how far the stream has drifted where they add to it.
+
+    observed: by linear, the module where its input is observed. writers: those of the linears that add to the stream;
+    their inputs are weighted by token_weights, float32 [tokens] of each chunk, and those of the others are not.
+    """
+    block = pair.current
+    names = [*dict.fromkeys(observed.values())]
+    own_writers = {
+        name: {linear: writer for linear, writer in writers.items() if observed[linear] == name} for name in names
+    }
+    places = [writer.reader for writer in writers.values()]
+    read = [*dict.fromkeys([*names, *(place for place in places if place != BLOCK)])]
+    given = [*writers, *([BLOCK] if BLOCK in places else [])]
+    routed = _routed_names(block)
+    alone = {name: _sum_for(block, name) for name in names if name in routed}
+    paired = {name: _pair_sum_for(block, name, own_writers[name]) for name in names if name not in routed}
+    for original_chunk, chunk, weights in zip(pair.streams.original, pair.streams.current, token_weights, strict=True):
+        current = observe(block, pair.index, chunk, read, given)
+        original = observe(pair.original, pair.index, original_chunk, read, given)
+        for name, total in paired.items():
+            drifts = {linear: _drift(linear, writer, original, current) for linear, writer in own_writers[name].items()}
+            factors = weights if drifts else torch.ones_like(weights)
+            total.add(original.inputs[name], current.inputs[name], factors, drifts)
+        for name in alone.keys() & current.inputs.keys():
+            alone[name].add(current.inputs[name])
+    alone |= _show_all_tokens(block, pair.index, pair.streams.current, alone)
+    return PairStatistics(
+        inputs={name: paired[name].statistics() if name in paired else alone[name].result() for name in names},
+        moments={linear: paired[name].moments(linear) for linear, name in observed.items() if name in paired},
+    )
+
+
+def relative_weights(outputs: Sequence[BlockInput]) -> list[Tensor]:
+    """A weight per token, float32 [tokens] of each chunk, mean 1: one over the power of its state after the block.
+
+    What reads the stream normalises it first, so an error counts by its share of the state. Without this the first
+    token, whose states are a thousand times larger in many models, would be all that the statistics show.
+    """
+    powers = [chunk.hidden.flatten(0, -2).float().square().sum(dim=-1) for chunk in outputs]
+    smallest = torch.finfo(torch.float32).tiny
+    weights = [1 / power.clamp(min=smallest) for power in powers]
+    mean = torch.cat(weights).mean()
+    return [weight / mean for weight in weights]
+
+
+def _drift(linear: str, writer: StreamWriter, original: Observation, current: Observation) -> Tensor:
+    """What the linear's output would have to add to put the stream right, float32 [tokens, N]."""
+    return (_stream_without(linear, writer, original) - _stream_without(linear, writer, current)) / writer.multiplier
+
+
+def _stream_without(linear: str, writer: StreamWriter, seen: Observation) -> Tensor:
+    """The stream after the linear, less what the linear added."""
+    stream = seen.outputs[BLOCK] if writer.reader == BLOCK else seen.inputs[writer.reader]
+    return stream - writer.multiplier * seen.outputs[linear]
+
+
+def _pair_sum_for(block: nn.Module, name: str, writers: Mapping[str, StreamWriter]) -> PairSum:
+    num_outputs = {linear: len(block.get_submodule(linear).get_parameter("weight")) for linear in writers}
+    return PairSum(block.get_submodule(name).get_parameter("weight").shape[1], num_outputs)
+
+
+def _routed_names(block: nn.Module) -> set[str]:
+    """The modules inside of experts: which tokens reach them is decided by states that differ between two models."""
+    experts = [name for name, module in block.named_modules() if isinstance(module, LinearExperts)]
+    return {name for name, _ in block.named_modules() if any(name.startswith(f"{prefix}.") for prefix in experts)}
+
+
+def _show_all_tokens(
+    block: nn.Module, block_index: int, inputs: Sequence[BlockInput], seen: Mapping[str, StatisticsSum]
+) -> dict[str, StatisticsSum]:
+    """Sums for the starved among the linears of experts: what they would read if every token went there."""
+    starved = [name for name, total in seen.items() if total.num_tokens < MIN_EXPERT_TOKENS]
+    sums: dict[str, StatisticsSum] = {}
+    shown_experts = []
+    for name, experts in block.named_modules():
+        if isinstance(experts, LinearExperts):
+            for number, expert in experts.named_experts().items():
+                prefix = f"{name}.{number}."
+                own = {linear.removeprefix(prefix): linear for linear in starved if linear.startswith(prefix)}
+                if own:
+                    shown = {linear: _sum_for(block, full) for linear, full in own.items()}
+                    sums |= {own[linear]: total for linear, total in shown.items()}
+                    shown_experts.append((experts, _showing(expert, shown)))
+    if sums:
+        for chunk in inputs:
+            hooks = [experts.register_forward_pre_hook(hook) for experts, hook in shown_experts]
+            run_hooked(block, block_index, chunk, hooks)
+    return sums
+
+
+def _sum_for(block: nn.Module, name: str) -> StatisticsSum:
+    return StatisticsSum(block.get_submodule(name).get_parameter("weight").shape[1])
+
+
+def _showing(expert: Expert, sums: Mapping[str, StatisticsSum]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def show(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        read = expert.inputs(arguments[0])
+        for name, total in sums.items():
+            total.add(read[name].reshape(-1, read[name].shape[-1]).float())
+
+    return show

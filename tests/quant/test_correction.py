@@ -1,0 +1,76 @@
+"""Correction: weights that give with the quantized model's inputs what the original gave with its own."""
+
+import torch
+from torch import Tensor
+
+from quant.correction import Moments, SplitMoments, correct
+
+NUM_FEATURES, NUM_OUTPUTS = 24, 8
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def split_moments(original: Tensor, current: Tensor, drift: Tensor | None = None) -> SplitMoments:
+    half = len(original) // 2
+    fit, held_out = (
+        Moments(
+            gram=current[tokens].T @ current[tokens],
+            cross=original[tokens].T @ current[tokens],
+            drift=None if drift is None else drift[tokens].T @ current[tokens],
+        )
+        for tokens in (slice(half), slice(half, None))
+    )
+    return SplitMoments(fit, held_out)
+
+
+def test_a_linear_change_of_the_inputs_is_taken_back() -> None:
+    # given inputs that come out mixed
+    original = noise(2000, NUM_FEATURES, seed=0)
+    current = original @ (torch.eye(NUM_FEATURES) + 0.1 * noise(NUM_FEATURES, NUM_FEATURES, seed=1))
+    weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
+
+    corrected = correct(weight, split_moments(original, current))
+
+    before = (original @ weight.T - current @ weight.T).square().mean()
+    after = (original @ weight.T - current @ corrected.T).square().mean()
+    assert after < 0.01 * before
+
+
+def test_the_drift_of_the_stream_is_made_up_for() -> None:
+    # given a stream that has drifted by something that the inputs tell
+    inputs = noise(2000, NUM_FEATURES, seed=0)
+    drift = inputs @ noise(NUM_FEATURES, NUM_OUTPUTS, seed=1)
+    weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
+
+    corrected = correct(weight, split_moments(inputs, inputs, drift))
+
+    remaining = inputs @ weight.T + drift - inputs @ corrected.T
+    assert remaining.square().mean() < 0.01 * drift.square().mean()
+
+
+def test_what_does_not_carry_over_to_held_out_text_is_left_alone() -> None:
+    # given a drift that has nothing to do with the inputs, and few tokens to find that out from
+    inputs = noise(60, NUM_FEATURES, seed=0)
+    drift = 3 * noise(60, NUM_OUTPUTS, seed=1)
+    weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
+
+    corrected = correct(weight, split_moments(inputs, inputs, drift))
+
+    # plain least squares moves them by more than 0.5
+    assert (corrected - weight).square().mean().sqrt() < 0.2
+
+
+def test_equal_inputs_change_no_weight() -> None:
+    inputs = noise(100, NUM_FEATURES, seed=0)
+    weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
+    torch.testing.assert_close(correct(weight, split_moments(inputs, inputs)), weight)
+
+
+def test_dead_inputs_and_no_tokens_leave_finite_weights() -> None:
+    inputs = noise(50, NUM_FEATURES, seed=0)
+    inputs[:, 3] = 0
+    weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
+    assert torch.isfinite(correct(weight, split_moments(inputs, inputs * 1.1))).all()
+    assert torch.equal(correct(weight, split_moments(inputs[:0], inputs[:0])), weight)

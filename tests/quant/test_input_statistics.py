@@ -1,0 +1,127 @@
+"""What is summed up of the linears' inputs: in one model, and in the quantized one beside the original."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant import input_statistics
+from quant.capture import BlockInput, embed, run_block
+from quant.input_statistics import BlockPair, StatisticsSum, Streams, capture, capture_pair, relative_weights
+from quant.model_structure import find_blocks
+from quant.residual import StreamWriter
+from tests.quant.tiny_families import VARIANTS, open_tiny
+
+TOKENS = torch.arange(5 * 40).view(5, 40) * 7 % 256
+
+
+def test_statistics_are_those_of_all_tokens_that_the_linear_reads(tmp_path: Path) -> None:
+    model = open_tiny(VARIANTS[0], tmp_path)
+    block = model.get_submodule("model.layers.0")
+    with torch.no_grad():
+        inputs = embed(find_blocks(model), TOKENS)
+        captured = capture(block, 0, inputs, ["self_attn.q_proj"])
+        read = block.get_submodule("input_layernorm")(torch.cat([chunk.hidden for chunk in inputs])).reshape(-1, 64)
+    statistics = captured["self_attn.q_proj"]
+    torch.testing.assert_close(statistics.gram, read.T @ read / len(read))
+    torch.testing.assert_close(statistics.mean_magnitude, read.abs().mean(dim=0))
+
+
+def test_experts_that_few_tokens_reach_are_shown_all(tmp_path: Path) -> None:
+    model = open_tiny(next(variant for variant in VARIANTS if variant.name == "qwen3-moe"), tmp_path)
+    block = find_blocks(model).blocks["model.layers.0"]
+    # given a router that sends no token to expert 3
+    read: list[Tensor] = []
+    block.get_submodule("mlp.gate").register_forward_pre_hook(lambda _module, arguments: read.append(arguments[0]))
+    with torch.no_grad():
+        inputs = embed(find_blocks(model), TOKENS)
+        run_block(block, 0, inputs[0])
+        block.get_submodule("mlp.gate").get_parameter("weight")[3] = -100 * read[0].mean(dim=0)
+        read.clear()
+        captured = capture(block, 0, inputs, ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"])
+        expert = block.get_submodule("mlp.experts.3")
+        states = torch.cat(read[: len(inputs)])
+        activations = torch.nn.functional.silu(expert.gate_proj(states)) * expert.up_proj(states)
+    shown = captured["mlp.experts.3.down_proj"]
+    torch.testing.assert_close(shown.gram, activations.T @ activations / len(activations))
+    assert not block.get_submodule("mlp.experts")._forward_pre_hooks
+
+
+def test_an_expert_that_many_tokens_reach_is_known_by_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_statistics, "MIN_EXPERT_TOKENS", 2)
+    model = open_tiny(next(variant for variant in VARIANTS if variant.name == "qwen3-moe"), tmp_path)
+    block = find_blocks(model).blocks["model.layers.0"]
+    read: list[Tensor] = []
+    with torch.no_grad():
+        inputs = embed(find_blocks(model), TOKENS)
+        block.get_submodule("mlp.experts.0.down_proj").register_forward_pre_hook(
+            lambda _module, arguments: read.append(arguments[0])
+        )
+        captured = capture(block, 0, inputs, ["mlp.experts.0.down_proj"])
+    own = torch.cat(read)
+    assert 2 <= len(own) < TOKENS.numel()
+    torch.testing.assert_close(captured["mlp.experts.0.down_proj"].gram, own.T @ own / len(own))
+
+
+def test_of_an_input_that_no_token_reaches_every_channel_counts_the_same() -> None:
+    statistics = StatisticsSum(3).result()
+    assert torch.equal(statistics.gram, torch.eye(3))
+    assert torch.equal(statistics.mean_magnitude, torch.ones(3))
+
+
+def rows(chunks: list[BlockInput]) -> Tensor:
+    return torch.cat([chunk.hidden.flatten(0, -2) for chunk in chunks])
+
+
+def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: Path) -> None:
+    # given a block whose inputs have drifted, and which is itself still as it was
+    model = open_tiny(VARIANTS[0], tmp_path)
+    block = model.get_submodule("model.layers.0")
+    with torch.no_grad():
+        original = embed(find_blocks(model), TOKENS)
+        noise = torch.Generator().manual_seed(0)
+        current = [
+            BlockInput(chunk.hidden + 0.1 * torch.randn(chunk.hidden.shape, generator=noise), chunk.contexts)
+            for chunk in original
+        ]
+        pair = BlockPair(0, copy.deepcopy(block), block, Streams(original, current))
+        even = [torch.ones(chunk.hidden[..., 0].numel()) for chunk in original]
+        reads: dict[str, list[Tensor]] = {"original": [], "current": []}
+        for side, chunks in (("original", original), ("current", current)):
+            hook = block.get_submodule("self_attn.o_proj").register_forward_pre_hook(
+                lambda _module, arguments, side=side: reads[side].append(arguments[0].flatten(0, -2))
+            )
+            for chunk in chunks:
+                run_block(block, 0, chunk)
+            hook.remove()
+
+        statistics = capture_pair(
+            pair,
+            {"self_attn.o_proj": "self_attn.o_proj"},
+            {"self_attn.o_proj": StreamWriter("post_attention_layernorm", 1.0)},
+            even,
+        )
+
+    # then the drift at attention's output is that of the block's input, over all tokens together
+    x, y = torch.cat(reads["original"]), torch.cat(reads["current"])
+    torch.testing.assert_close(statistics.inputs["self_attn.o_proj"].gram, y.T @ y / len(y))
+    split = statistics.moments["self_attn.o_proj"]
+    moments = split.fit + split.held_out
+    torch.testing.assert_close(moments.gram, y.T @ y)
+    torch.testing.assert_close(moments.cross, x.T @ y)
+    torch.testing.assert_close(moments.drift, (rows(original) - rows(current)).T @ y, atol=1e-3, rtol=1e-4)
+    # and a quarter of them is held out
+    assert float(split.held_out.gram.trace() / moments.gram.trace()) == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_token_counts_by_its_share_of_the_stream() -> None:
+    # given three tokens, the first one ten times as large
+    states = torch.tensor([[[10.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+    (weights,) = relative_weights([BlockInput(states, ())])
+    assert float(weights.mean()) == pytest.approx(1.0)
+    assert float(weights[1] / weights[0]) == pytest.approx(100.0)
+    assert float(weights[1]) == pytest.approx(float(weights[2]))

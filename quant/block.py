@@ -1,7 +1,7 @@
 """What is done with a block's linears: search and fold scales, correct, search ranges, round. Runs no data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,19 @@ from quant.scale_search import (
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What the model's family and the recipe say about a block."""
+    """What the model's family and the recipe say about a block.
+
+    grouping: that of all its linears, but for those that `mixture` names; linears of a group have the same one.
+    """
 
     groups: tuple[ScaleGroup, ...]
     grouping: Grouping
     steps: MethodSteps
+    mixture: Mapping[str, Grouping] = field(default_factory=dict)
+
+    def grouping_of(self, linear: str) -> Grouping:
+        """How the linear of that name in the block is rounded."""
+        return self.mixture.get(linear, self.grouping)
 
     def linear_names(self) -> tuple[str, ...]:
         """All linears of a block that are quantized, each once."""
@@ -71,7 +79,7 @@ def choose_scales(
         weights = [linear_of(block, name).weight.detach() for name in group.linears]
         shared = SharedInput(weights, statistics[group.observed], group.spread)
         choose = search_scale if plan.steps.scales and group.source is not None else keep_unscaled
-        choices[group.observed] = choose(shared, plan.grouping)
+        choices[group.observed] = choose(shared, plan.grouping_of(group.linears[0]))
     return choices
 
 
@@ -117,7 +125,7 @@ def round_folded(
             weight = linear_of(block, name).weight.detach() / scale
             moments = statistics.moments.get(name)
             target = (weight if moments is None else correct(weight, moments)) * scale
-            packed = _store(block, name, _round(target, gram, plan))
+            packed = store(block, name, find_codes(target, gram, plan.steps, plan.grouping_of(name)))
             loss = relative_loss(target - dequantize(packed), gram, signal)
             results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss)
     return results
@@ -127,9 +135,39 @@ def round_block_plainly(block: nn.Module, plan: BlockPlan) -> dict[str, PackedWe
     """Round every linear to nearest over the full range of its groups, in place: the RTN method, by linear name."""
     packed = {}
     for name in plan.linear_names():
-        weight = linear_of(block, name).weight.detach()
-        grid = grid_of(full_range(weight, plan.grouping.group_size), plan.grouping.bits)
-        packed[name] = _store(block, name, codes_of(weight, grid, plan.grouping.bits))
+        packed[name] = round_linear_plainly(block, name, plan.grouping_of(name))
+    return packed
+
+
+def round_linear_plainly(module: nn.Module, name: str, grouping: Grouping) -> PackedWeight:
+    """Round the linear of that name in the module to nearest over the full range of its groups, in place."""
+    weight = linear_of(module, name).weight.detach()
+    grid = grid_of(full_range(weight, grouping.group_size), grouping.bits)
+    return store(module, name, codes_of(weight, grid, grouping.bits))
+
+
+def find_codes(weight: Tensor, gram: Tensor, steps: MethodSteps, grouping: Grouping) -> GroupCodes:
+    """The codes of weight [N, K] by the method's steps; never worse in tr(D G D^T) than rounding it to nearest."""
+    ends = search_range(weight, gram, grouping) if steps.ranges else full_range(weight, grouping.group_size)
+    grid = grid_of(ends, grouping.bits)
+    rounded = round_onto(weight, grid, grouping.bits)
+    if steps.feedback:
+        candidate = round_with_feedback(weight, gram, grid, grouping.bits)
+        better = output_error(weight - candidate, gram) < output_error(weight - rounded, gram)
+        rounded = torch.where(better[:, None], candidate, rounded)
+    return codes_of(rounded, grid, grouping.bits)
+
+
+def store(module: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:
+    """Give the linear of that name in the module the weight that the codes stand for; returns it packed.
+
+    Raises QuantizationError when a scale is not finite.
+    """
+    check_finite(f"the scale of {name}", codes.scales)
+    packed = pack(codes)
+    if not torch.equal(unpack(packed).codes, codes.codes):
+        raise QuantizationError(f"the codes of {name} do not come back from packing as they went in")
+    linear_of(module, name).weight.copy_(dequantize(packed))
     return packed
 
 
@@ -138,25 +176,3 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         num_bad = int((~torch.isfinite(tensor)).sum())
         raise QuantizationError(f"{name} has {num_bad} values that are not finite; it cannot be quantized")
-
-
-def _round(weight: Tensor, gram: Tensor, plan: BlockPlan) -> GroupCodes:
-    """The codes of weight [N, K] by the method's steps; never worse in tr(D G D^T) than rounding it to nearest."""
-    grouping = plan.grouping
-    ends = search_range(weight, gram, grouping) if plan.steps.ranges else full_range(weight, grouping.group_size)
-    grid = grid_of(ends, grouping.bits)
-    rounded = round_onto(weight, grid, grouping.bits)
-    if plan.steps.feedback:
-        candidate = round_with_feedback(weight, gram, grid, grouping.bits)
-        better = output_error(weight - candidate, gram) < output_error(weight - rounded, gram)
-        rounded = torch.where(better[:, None], candidate, rounded)
-    return codes_of(rounded, grid, grouping.bits)
-
-
-def _store(block: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:
-    check_finite(f"the scale of {name}", codes.scales)
-    packed = pack(codes)
-    if not torch.equal(unpack(packed).codes, codes.codes):
-        raise QuantizationError(f"the codes of {name} do not come back from packing as they went in")
-    linear_of(block, name).weight.copy_(dequantize(packed))
-    return packed

@@ -20,11 +20,10 @@ from quant.evaluate import EvalOptions, evaluate_checkpoint, render
 from quant.method import Method
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
-from quant.recipe import GROUP_SIZES, ROW, Recipe
+from quant.recipe import AUTO, GROUP_SIZES, ROW, Recipe
 from quant.report import layer_table, summary_table
 from quant.terminal import PROGRAM, ProgressFormat, exit_codes
 
-AUTO = "auto"
 METHOD_HELP = (
     "awq+gptq scales, corrects and rounds with error feedback; best does it on more text; awq and gptq are its parts, "
     "and rtn rounds plainly"
@@ -52,8 +51,19 @@ def quantize_command(
     group_size: Annotated[
         str, typer.Option(help="input channels per scale: 128, 64, 32, row, or auto (the largest that fits)")
     ] = AUTO,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="bits per weight on average, scales and zero points counted: each linear gets --bits or more, and "
+            "smaller groups, by what it loses"
+        ),
+    ] = None,
+    lm_head: Annotated[
+        int | None, typer.Option(help="bits of the output head, 8 or 4; by default it is left as it is")
+    ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="awq, compressed-tensors, or auto: awq for 4 bits, the other for 3 and 8")
+        str,
+        typer.Option("--format", help="awq, compressed-tensors, or auto: awq where all is in 4 bits, else the other"),
     ] = AUTO,
     method: Annotated[Method, typer.Option(help=METHOD_HELP)] = Recipe.method,
     calib: Annotated[
@@ -88,6 +98,8 @@ def quantize_command(
         awq-serve quantize ./model ./model-rtn --method rtn --no-eval
 
         awq-serve quantize ./model ./model-w8 --bits 8 --group-size row
+
+        awq-serve quantize ./model ./model-mixed --target-bpw 4.5 --lm-head 8
     """
     with exit_codes(progress_format):
         recipe = Recipe(
@@ -101,6 +113,8 @@ def quantize_command(
             seed=seed,
             max_kl=max_kl,
             format=_parse_format(output_format),
+            target_bpw=target_bpw,
+            lm_head=lm_head,
         )
         _run(recipe, resolve_model(source), output, progress_format)
 

@@ -20,7 +20,7 @@ from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, QuantizationError, RecipeError, SourceError
-from quant.model_structure import stored_modules
+from quant.model_structure import stored_modules, untie
 from quant.overflow import first_not_finite
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.report import REPORT_FILE
@@ -216,6 +216,8 @@ def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrain
         if name not in names:
             raise SourceError(f"the original has no module {name}: it is another model than the checkpoint's")
         spec = reader.packed_spec(name)
+        # a head that was tied has a weight of its own when it is quantized
+        untie(rounded, names[name])
         weight = rounded.get_parameter(f"{names[name]}.weight")
         weight.copy_(round_plainly(weight, spec.group_size, spec.bits))
     return rounded

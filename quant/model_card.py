@@ -15,8 +15,8 @@ from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import without_directories
 from quant.checkpoint.output_format import OutputFormat
 from quant.method import Method
-from quant.recipe import ROW
-from quant.report import HeldOutQuality, Report, describe_origins
+from quant.recipe import AUTO, ROW
+from quant.report import HeldOutQuality, Report, describe_origins, describe_rounding
 
 CARD_FILE = "README.md"
 PROGRAM = "awq-serve"
@@ -56,7 +56,7 @@ def _front_matter(report: Report, licence: Mapping[str, str]) -> str:
     fields |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["awq", f"{report.recipe.bits}-bit", "quantized"],
+        "tags": ["awq", *(["mixed-precision"] if report.mixture else [f"{report.recipe.bits}-bit"]), "quantized"],
     }
     # JSON values are YAML ones, and need no thought about quoting
     return "\n".join(
@@ -68,11 +68,11 @@ def _introduction(report: Report, name: str) -> str:
     how = "plain rounding" if report.recipe.method is Method.RTN else report.recipe.method.value
     is_awq = report.recipe.output_format is OutputFormat.AWQ
     format_name = "AWQ `gemm`" if is_awq else "compressed-tensors `pack-quantized`"
-    groups = "one scale a row" if report.group_size == WHOLE_ROW else f"groups of {report.group_size}"
+    head = "" if report.recipe.lm_head is None else f" The output head is in {report.recipe.lm_head} bits."
     return (
         f"# {name}\n\n"
-        f"{_published_source(report)} with the weights of its blocks in {report.recipe.bits} bits: {format_name} "
-        f"format, {groups}, {report.bits_per_weight:.2f} bits a weight with scales and zero points. "
+        f"{_published_source(report)} with the weights of its blocks in {describe_rounding(report)}: "
+        f"{format_name} format, {report.bits_per_weight:.2f} bits a weight with scales and zero points.{head} "
         f"Made with `{PROGRAM} quantize` ({how})."
     )
 
@@ -108,6 +108,9 @@ def recipe_options(report: Report) -> list[str]:
     """The command line's options that make this recipe; the group size is the one that `auto` came to."""
     recipe = report.recipe
     group_size = ROW if report.group_size == WHOLE_ROW else str(report.group_size)
+    if recipe.target_bpw is not None and recipe.group_size is None:
+        # every size may be chosen then, and not only smaller ones
+        group_size = AUTO
     options = [
         *("--method", recipe.method.value, "--bits", str(recipe.bits), "--group-size", group_size),
         *("--format", recipe.output_format.value, "--seed", str(recipe.seed)),
@@ -116,6 +119,10 @@ def recipe_options(report: Report) -> list[str]:
         options += ["--calib", without_directories(recipe.calibration)]
         num_samples, sample_tokens = map(str, recipe.calibration_shape)
         options += ["--calib-samples", num_samples, "--calib-seqlen", sample_tokens]
+    if recipe.target_bpw is not None:
+        options += ["--target-bpw", str(recipe.target_bpw)]
+    if recipe.lm_head is not None:
+        options += ["--lm-head", str(recipe.lm_head)]
     if recipe.max_kl is not None:
         options += ["--max-kl", f"{recipe.max_kl:g}"]
     return options if recipe.num_windows else [*options, "--no-eval"]

@@ -68,6 +68,25 @@ def stored_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, st
 
 def head_names(model: PreTrainedModel) -> set[str]:
     """What the model's checkpoints call the weight of its output head; nothing where it has none."""
+    return {f"{name}.weight" for name in stored_modules(model, _named_heads(model)).values()}
+
+
+def find_head(model: PreTrainedModel) -> str:
+    """The full name of the linear that makes the logits. Raises SourceError when there is none."""
+    names = [name for name, module in _named_heads(model).items() if isinstance(module, nn.Linear)]
+    if not names:
+        raise SourceError(
+            f"model type {model.config.model_type!r} has no output head that is a linear layer; leave out --lm-head"
+        )
+    return names[0]
+
+
+def untie(model: PreTrainedModel, name: str) -> None:
+    """Give the linear of that name a weight of its own, where it shared one with the embedding; the values stay."""
+    linear = model.get_submodule(name)
+    linear.register_parameter("weight", nn.Parameter(linear.get_parameter("weight").detach().clone()))
+
+
+def _named_heads(model: PreTrainedModel) -> dict[str, nn.Module]:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    names = [name for name, module in model.named_modules() if module is head]
-    return {f"{name}.weight" for name in stored_modules(model, names).values()}
+    return {name: module for name, module in model.named_modules() if module is head}

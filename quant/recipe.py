@@ -11,9 +11,11 @@ from quant.errors import RecipeError
 from quant.method import STEPS, Method, MethodSteps
 
 GROUP_SIZES = (128, 64, 32)
-# how people write WHOLE_ROW
+# how people write WHOLE_ROW, and a group size that is chosen by the model
 ROW = "row"
+AUTO = "auto"
 AWQ_BITS = 4
+HEAD_BITS = (8, 4)
 # far beyond what any calibration gains from, and what memory holds
 MAX_SAMPLES = 65_536
 MAX_SAMPLE_TOKENS = 1_048_576
@@ -26,12 +28,15 @@ class Recipe:
     """What the user asked for. `group_size` None means the largest of GROUP_SIZES that fits the model, WHOLE_ROW one
     scale for each row of a weight.
 
-    format: how the checkpoint is written; None means AWQ where it can hold the bits, else compressed-tensors.
+    format: how the checkpoint is written; None means AWQ where it holds what is asked for, else compressed-tensors.
     calibration: "self" (the model writes its own text), a preset, a file's path, a hub data set, or a mix of them with
     shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each; None means
     what the method gains from.
     num_windows: the result is measured on so many windows of the text that ships with the program; 0 measures nothing.
     max_kl: a result whose mean KL to the original is higher, in nats, is refused; None refuses none.
+    target_bpw: what the blocks' linears take on average, in bits a weight with scales and zero points, at most; each
+    gets `bits` or more and groups of `group_size` or less then, by what it loses. None gives all of them the same.
+    lm_head: the bits of the output head; None leaves it as it is.
     Raises RecipeError, naming the option, when a value is out of range.
     """
 
@@ -45,6 +50,8 @@ class Recipe:
     seed: int = 0
     max_kl: float | None = None
     format: OutputFormat | None = None
+    target_bpw: float | None = None
+    lm_head: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -52,11 +59,10 @@ class Recipe:
         if self.group_size not in (None, WHOLE_ROW, *GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}, {ROW}")
-        if self.format is OutputFormat.AWQ and self.bits != AWQ_BITS:
-            raise RecipeError(
-                f"bits is {self.bits}, and the AWQ gemm format holds {AWQ_BITS} bits only; "
-                f"use --format {OutputFormat.COMPRESSED_TENSORS}"
-            )
+        if self.lm_head not in (None, *HEAD_BITS):
+            raise RecipeError(f"lm head is {self.lm_head}; supported: {', '.join(map(str, HEAD_BITS))}, or left alone")
+        self._check_target()
+        self._check_format()
         for name, value, smallest, largest in (
             ("calibration samples", self.calibration_shape[0], 1, MAX_SAMPLES),
             ("calibration tokens", self.calibration_shape[1], 1, MAX_SAMPLE_TOKENS),
@@ -67,6 +73,35 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}")
         row_counts(parse_mix(self.calibration), self.calibration_shape[0])
         self._check_max_kl()
+
+    def _check_target(self) -> None:
+        if self.target_bpw is None:
+            return
+        if not (math.isfinite(self.target_bpw) and self.target_bpw > 0):
+            raise RecipeError(f"the target is {self.target_bpw} bits per weight; it must be a number like 4.25")
+        if not self.steps.calibrates:
+            raise RecipeError(
+                "a target of bits per weight is shared out by what is measured on calibration text, and the method "
+                f"{self.method} reads none; use --method {Method.AWQ_GPTQ}, or leave out the target"
+            )
+
+    def _check_format(self) -> None:
+        if self.format is not OutputFormat.AWQ or self._fits_awq:
+            return
+        if self.target_bpw is not None:
+            problem = "a target of bits per weight gives linears different bits and groups"
+        elif self.bits != AWQ_BITS:
+            problem = f"bits is {self.bits}"
+        else:
+            problem = f"lm head is {self.lm_head}"
+        raise RecipeError(
+            f"{problem}, and the AWQ gemm format holds {AWQ_BITS} bits only; "
+            f"use --format {OutputFormat.COMPRESSED_TENSORS}"
+        )
+
+    @property
+    def _fits_awq(self) -> bool:
+        return self.bits == AWQ_BITS and self.target_bpw is None and self.lm_head in (None, AWQ_BITS)
 
     def _check_max_kl(self) -> None:
         if self.max_kl is None:
@@ -91,10 +126,10 @@ class Recipe:
 
     @property
     def output_format(self) -> OutputFormat:
-        """The format asked for, or the one that holds the bits."""
+        """The format asked for, or AWQ where it holds what is asked for."""
         if self.format is not None:
             return self.format
-        return OutputFormat.AWQ if self.bits == AWQ_BITS else OutputFormat.COMPRESSED_TENSORS
+        return OutputFormat.AWQ if self._fits_awq else OutputFormat.COMPRESSED_TENSORS
 
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:

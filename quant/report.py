@@ -1,12 +1,14 @@
 """What a quantization found out: report.json beside the checkpoint, and tables for people. It measures nothing."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
 from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import without_directories
+from quant.checkpoint.stored_module import PackedSpec
 from quant.recipe import Recipe
 
 REPORT_FILE = "report.json"
@@ -63,17 +65,29 @@ class HeldOutQuality:
 
 
 @dataclass(frozen=True)
+class GroupingShare:
+    """The linears that are rounded alike: their bits, group size (WHOLE_ROW: one scale a row), number and weights."""
+
+    bits: int
+    group_size: int
+    num_linears: int
+    num_weights: int
+
+
+@dataclass(frozen=True)
 class Report:
-    """One finished quantization. bits_per_weight counts the quantized linears.
+    """One finished quantization. bits_per_weight counts the quantized linears of the blocks, and not the output head.
 
     source: what opens the original again, a hub name or an absolute path.
     group_size: WHOLE_ROW (-1) where each row of a weight has one scale.
+    mixture: what the linears of the blocks have instead where they differ, as the recipe's target asks for.
     notes: sentences about what was done less well than it could be.
     """
 
     source: str
     recipe: Recipe
     group_size: int
+    mixture: tuple[GroupingShare, ...]
     calibration: CalibrationSummary | None
     layers: tuple[LayerLoss, ...]
     blocks: tuple[BlockError, ...]
@@ -108,10 +122,9 @@ def layer_table(report: Report) -> Table:
 def summary_table(report: Report) -> Table:
     """The numbers of the whole model, one a row."""
     table = Table(show_header=False, box=None)
-    group_name = "one scale a row" if report.group_size == WHOLE_ROW else f"group size {report.group_size}"
     rows = {
         "source": report.source,
-        "method": f"{report.recipe.method.value}, {report.recipe.bits} bits, {group_name}",
+        "method": f"{report.recipe.method.value}, {describe_rounding(report)}",
         "format": str(report.recipe.output_format),
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "time": f"{report.seconds:.0f} s",
@@ -128,6 +141,34 @@ def summary_table(report: Report) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def shares_of(specs: Iterable[PackedSpec]) -> tuple[GroupingShare, ...]:
+    """What these linears have, from the fewest bits to the most."""
+    members: dict[tuple[int, int], list[PackedSpec]] = {}
+    for spec in specs:
+        members.setdefault((spec.bits, WHOLE_ROW if spec.is_whole_row else spec.group_size), []).append(spec)
+    # a row's scale takes less than a group's, and a large group's less than a small one's
+    by_size = sorted(members, key=lambda kind: (kind[0], kind[1] != WHOLE_ROW, -kind[1]))
+    return tuple(
+        GroupingShare(*kind, len(members[kind]), sum(spec.num_outputs * spec.num_inputs for spec in members[kind]))
+        for kind in by_size
+    )
+
+
+def describe_rounding(report: Report) -> str:
+    """Bits and groups in a few words, with their shares of the weights where there are several."""
+    if not report.mixture:
+        return f"{report.recipe.bits} bits, {_group_name(report.group_size)}"
+    num_weights = sum(share.num_weights for share in report.mixture)
+    return "; ".join(
+        f"{share.bits} bits, {_group_name(share.group_size)} ({100 * share.num_weights / num_weights:.0f} %)"
+        for share in report.mixture
+    )
+
+
+def _group_name(group_size: int) -> str:
+    return "one scale a row" if group_size == WHOLE_ROW else f"groups of {group_size}"
 
 
 def describe_origins(calibration: CalibrationSummary) -> str:

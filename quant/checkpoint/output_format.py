@@ -19,6 +19,8 @@ class OutputFormat(StrEnum):
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
+# what checkpoints call the output head
+HEAD_NAMES = ("lm_head", "embed_out")
 USE_COMPRESSED = f"use --format {OutputFormat.COMPRESSED_TENSORS}"
 ENCODERS: dict[OutputFormat, Callable[[PackedWeight], dict[str, Tensor]]] = {
     OutputFormat.AWQ: awq_gemm.encode,
@@ -60,14 +62,17 @@ def quantization_config(
 def _describe_awq(modules: Mapping[str, PackedSpec], kept: Sequence[str]) -> dict[str, object]:
     """What every loader of AWQ gemm files accepts. Entries of modules_to_not_convert are matched as substrings.
 
-    `zero_point` is always true: qzeros is always written (a symmetric weight has z = 8 there).
+    `zero_point` is always true: qzeros is always written (a symmetric weight has z = 8 there). `lm_head` says that the
+    output head is quantized too; it is left out where it is not.
     """
+    has_head = any(name.rpartition(".")[2] in HEAD_NAMES for name in modules)
     return {
         "quant_method": "awq",
         "bits": awq_gemm.BITS,
         "group_size": _common_group_size(list(modules.values())),
         "zero_point": True,
         "version": "gemm",
+        **({"lm_head": True} if has_head else {}),
         "modules_to_not_convert": list(kept),
     }
 

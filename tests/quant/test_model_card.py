@@ -18,13 +18,14 @@ from quant.method import Method
 from quant.model_card import model_card, read_licence, recipe_options
 from quant.pipeline import quantize
 from quant.recipe import Recipe
-from quant.report import CalibrationOrigin, CalibrationSummary, HeldOutQuality, Report
+from quant.report import CalibrationOrigin, CalibrationSummary, GroupingShare, HeldOutQuality, Report
 from tests.tiny_models import save_tiny_model
 
 REPORT = Report(
     source="/home/somebody/models/Tiny-1B",
     recipe=Recipe(calibration="/home/somebody/text.txt:0.5,self:0.5", num_samples=8, sample_tokens=64, seed=3),
     group_size=64,
+    mixture=(),
     calibration=CalibrationSummary(
         (CalibrationOrigin("text.txt", 0.5, 4), CalibrationOrigin("text by the model itself", 0.5, 4)), "ab" * 32, 512
     ),
@@ -83,11 +84,24 @@ def test_the_card_says_how_to_load_it() -> None:
 
 
 def test_the_card_says_how_the_weights_are_stored() -> None:
-    assert "in 4 bits: AWQ `gemm` format, groups of 64, 4.31 bits a weight" in model_card(REPORT, "x", {}).decode()
+    assert "in 4 bits, groups of 64: AWQ `gemm` format, 4.31 bits a weight" in model_card(REPORT, "x", {}).decode()
     row = replace(REPORT, recipe=replace(REPORT.recipe, bits=8), group_size=-1, bits_per_weight=8.04)
     card = model_card(row, "x", {})
-    assert "in 8 bits: compressed-tensors `pack-quantized` format, one scale a row, 8.04 bits" in card.decode()
+    assert "in 8 bits, one scale a row: compressed-tensors `pack-quantized` format, 8.04 bits" in card.decode()
     assert "--group-size row" in card.decode()
+
+
+def test_the_card_of_a_mixture_says_what_share_of_the_weights_has_how_many_bits() -> None:
+    mixture = (GroupingShare(4, -1, 3, 600), GroupingShare(4, 64, 2, 300), GroupingShare(8, 32, 1, 100))
+    recipe = replace(REPORT.recipe, target_bpw=4.5, lm_head=8)
+
+    card = model_card(replace(REPORT, recipe=recipe, mixture=mixture, bits_per_weight=4.49), "x", {}).decode()
+
+    shares = "4 bits, one scale a row (60 %); 4 bits, groups of 64 (30 %); 8 bits, groups of 32 (10 %)"
+    assert f"in {shares}: compressed-tensors `pack-quantized` format, 4.49 bits a weight" in card
+    assert "The output head is in 8 bits." in card
+    # the sizes to choose from are those that auto allows, not only the one that all could have
+    assert "--group-size auto" in card
 
 
 @pytest.mark.parametrize(
@@ -154,6 +168,8 @@ def test_every_choice_of_a_recipe_is_in_the_command() -> None:
         "num_windows": 0,
         "seed": 4,
         "max_kl": 0.5,
+        "target_bpw": 4.5,
+        "lm_head": 8,
     }
     assert {field.name for field in fields(Recipe)} == set(changed)
     for name, value in changed.items():

@@ -80,6 +80,17 @@ def test_bits_groups_and_format_are_what_was_asked_for(model: Path, tmp_path: Pa
     assert {(spec.bits, spec.is_whole_row) for spec in specs} == {(3, True)}
 
 
+def test_a_target_and_a_head_are_what_was_asked_for(model: Path, tmp_path: Path) -> None:
+    options = ("--target-bpw", "5", "--lm-head", "8", "--no-eval")
+    result = invoke("quantize", str(model), str(tmp_path / "out"), *SMALL, *options)
+    assert result.exit_code == 0, result.output
+    assert "lm_head" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bits_per_weight"] <= 5
+    assert len(report["mixture"]) > 1
+    assert CheckpointReader.open(tmp_path / "out").packed_spec("lm_head").bits == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

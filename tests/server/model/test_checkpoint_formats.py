@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from kernels.layout import WHOLE_ROW, PackedWeight
 from quant.checkpoint.compressed_tensors import encode
@@ -73,6 +74,31 @@ def test_what_we_write_is_served(
     for layer in model.decoder.layers:
         assert isinstance(layer.attention.qkv, kind)
         assert isinstance(layer.mlp.down, kind)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"], ids=["tied", "untied"])
+@pytest.mark.parametrize(("bits", "kind"), [(4, QuantizedLinear), (8, DenseLinear)])
+def test_a_quantized_head_is_served(model_type: str, bits: int, kind: type[Linear], tmp_path: Path) -> None:
+    original = save_tiny_model(model_type, tmp_path / "model")
+    quantize(Recipe(method=Method.RTN, num_windows=0, lm_head=bits), original, tmp_path / "out")
+
+    model = assert_computes_the_dequantized_model(tmp_path / "out")
+
+    assert isinstance(model.decoder.head, kind)
+    # the embedding is the original's, and not what the head was rounded to
+    embedding = AutoModelForCausalLM.from_pretrained(original).get_input_embeddings().weight
+    assert torch.equal(model.decoder.embedding, embedding.half().float())
+
+
+def test_a_mixture_is_served_with_one_layer_for_linears_of_one_input(dense: Path, tmp_path: Path) -> None:
+    quantize(Recipe(num_samples=4, sample_tokens=32, num_windows=0, target_bpw=6.0), dense, tmp_path / "out")
+
+    model = assert_computes_the_dequantized_model(tmp_path / "out")
+
+    parts = [part for layer in model.decoder.layers for part in (layer.attention.qkv, layer.mlp.gate_up)]
+    assert not any(isinstance(part, JoinedLinear) for part in parts)
+    others = [part for layer in model.decoder.layers for part in (layer.attention.output, layer.mlp.down)]
+    assert {type(part) for part in (*parts, *others)} == {QuantizedLinear, DenseLinear}
 
 
 def rewrite(

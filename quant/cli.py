@@ -11,23 +11,18 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from kernels.layout import WHOLE_ROW
+from quant import cli_options as options
 from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
 from quant.checkpoint.output_format import OutputFormat
 from quant.cli_checkpoint import convert_command, inspect_command
 from quant.errors import RecipeError
 from quant.evaluate import EvalOptions, evaluate_checkpoint, render
-from quant.method import Method
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
 from quant.recipe import AUTO, GROUP_SIZES, ROW, Recipe
 from quant.report import layer_table, summary_table
 from quant.terminal import PROGRAM, ProgressFormat, exit_codes
-
-METHOD_HELP = (
-    "awq+gptq scales, corrects and rounds with error feedback; best does it on more text; awq and gptq are its parts, "
-    "and rtn rounds plainly"
-)
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -45,45 +40,22 @@ def describe() -> None:
 
 @app.command("quantize")
 def quantize_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="model directory, .gguf file, or hub name")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="directory to create; must not exist")],
-    bits: Annotated[int, typer.Option(help="bits per weight: 3, 4 or 8")] = Recipe.bits,
-    group_size: Annotated[
-        str, typer.Option(help="input channels per scale: 128, 64, 32, row, or auto (the largest that fits)")
-    ] = AUTO,
-    target_bpw: Annotated[
-        float | None,
-        typer.Option(
-            help="bits per weight on average, scales and zero points counted: each linear gets --bits or more, and "
-            "smaller groups, by what it loses"
-        ),
-    ] = None,
-    lm_head: Annotated[
-        int | None, typer.Option(help="bits of the output head, 8 or 4; by default it is left as it is")
-    ] = None,
-    output_format: Annotated[
-        str,
-        typer.Option("--format", help="awq, compressed-tensors, or auto: awq where all is in 4 bits, else the other"),
-    ] = AUTO,
-    method: Annotated[Method, typer.Option(help=METHOD_HELP)] = Recipe.method,
-    calib: Annotated[
-        str,
-        typer.Option(
-            help="calibration text: self (the model writes it), wikitext, c4, pileval, ultrachat, a file, a hub data "
-            "set, or a mix like wikitext:0.5,self:0.5"
-        ),
-    ] = SELF_CALIBRATION,
-    calib_samples: Annotated[
-        int | None, typer.Option(help="calibration rows; by default what the method gains from")
-    ] = None,
-    calib_seqlen: Annotated[int | None, typer.Option(help="tokens per calibration row, likewise")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the text that the model writes")] = Recipe.seed,
-    progress_format: Annotated[ProgressFormat, typer.Option(help="how progress is told")] = ProgressFormat.RICH,
-    max_kl: Annotated[
-        float | None, typer.Option(help="refuse a result whose mean KL to the original, in nats, is higher")
-    ] = None,
+    source: options.Source,
+    output: options.Output,
+    bits: options.Bits = Recipe.bits,
+    group_size: options.GroupSize = AUTO,
+    target_bpw: options.TargetBpw = None,
+    lm_head: options.LmHead = None,
+    output_format: options.Format = AUTO,
+    method: options.MethodChoice = Recipe.method,
+    calib: options.Calib = SELF_CALIBRATION,
+    calib_samples: options.CalibSamples = None,
+    calib_seqlen: options.CalibSeqlen = None,
+    seed: options.Seed = Recipe.seed,
+    progress_format: options.Progress = ProgressFormat.RICH,
+    max_kl: options.MaxKl = None,
     *,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="measure nothing on held-out text")] = False,
+    no_eval: options.NoEval = False,
 ) -> None:
     """Quantize the model SRC into the new directory OUT.
 
@@ -138,9 +110,9 @@ def eval_command(
         awq-serve eval ./smollm2-awq --against ./SmolLM2-135M-Instruct --text wikitext2-test.raw
     """
     with exit_codes(ProgressFormat.RICH):
-        options = EvalOptions(checkpoint, against, text, windows, window_tokens)
+        asked = EvalOptions(checkpoint, against, text, windows, window_tokens)
         with progress_bar(Console(stderr=True)) as listener:
-            table = evaluate_checkpoint(options, listener)
+            table = evaluate_checkpoint(asked, listener)
         Console().print(render(table))
 
 

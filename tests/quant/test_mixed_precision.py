@@ -12,8 +12,9 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.stored_module import bits_per_weight
 from quant.dense_checkpoint import load_dense
 from quant.errors import RecipeError
+from quant.method import Method
 from quant.pipeline import quantize
-from quant.recipe import Method, Recipe
+from quant.recipe import Recipe
 from quant.report import Report
 from tests.tiny_models import save_tiny_model
 
@@ -139,7 +140,7 @@ def test_a_target_that_cannot_be_is_refused_before_anything_is_written(
     [
         ({"target_bpw": 0.0}, "the target is 0.0 bits per weight; it must be a number like 4.25"),
         ({"target_bpw": float("nan")}, "the target is nan bits per weight"),
-        ({"target_bpw": 5.0, "method": Method.RTN}, "the method rtn reads none; use --method awq"),
+        ({"target_bpw": 5.0, "method": Method.RTN}, "the method rtn reads none; use --method awq.gptq"),
         (
             {"target_bpw": 5.0, "format": OutputFormat.AWQ},
             "gives linears different bits and groups, and the AWQ gemm format holds 4 bits only; use --format compress",

@@ -76,7 +76,7 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     check_fits(recipe.output_format, planned)
     budget_bits = _budget(recipe, source.model, plan)
     files = source.side_files()
-    num_bytes = expected_bytes(source.model, planned) + sum(map(len, files.values()))
+    num_bytes = expected_bytes(source.model, planned, budget_bits) + sum(map(len, files.values()))
     with CheckpointWriter(out, expected_bytes=num_bytes, output_format=recipe.output_format) as writer:
         job = Job(recipe, source, plan, writer, meter)
         tokens = (
@@ -125,11 +125,14 @@ def planned_modules(model: PreTrainedModel, plan: ModelPlan) -> dict[str, Packed
     return modules
 
 
-def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec]) -> int:
-    """What the checkpoint's tensors will take on disk."""
-    num_quantized = sum(spec.num_outputs * spec.num_inputs for spec in planned.values())
-    num_plain = sum(parameter.numel() for parameter in model.parameters()) - num_quantized
-    return sum(spec.num_bits for spec in planned.values()) // 8 + num_plain * STORAGE_DTYPE.itemsize
+def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec], budget_bits: int | None) -> int:
+    """What the checkpoint's tensors will take on disk, at most; budget_bits: what a target lets the linears have."""
+    # a head that shares the embedding's weight is no parameter of its own, and the embedding stays as it is
+    num_plain = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if name.removesuffix(".weight") not in planned
+    )
+    num_packed_bits = max(sum(spec.num_bits for spec in planned.values()), budget_bits or 0)
+    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
 
 
 def _steps_of(meter: ProgressMeter, phase: str) -> Callable[[int, int], None]:

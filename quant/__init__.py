@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from quant.checkpoint.location import resolve_model
     from quant.method import Method
     from quant.pipeline import quantize
-from quant.recipe import Recipe
+    from quant.recipe import Recipe
 
 __all__ = ["AutoAWQForCausalLM", "Method", "Recipe", "quantize", "resolve_model"]
 

@@ -52,10 +52,6 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
         find_stream_writers(block, index, streams.original[0], plan.linear_names()) if plan.steps.correction else {}
     )
     sample, target = streams.current[0], outputs[0].hidden
-    plain = copy.deepcopy(block)
-    plain_packed = round_block_plainly(plain, plan)
-    plain_error = _change(run_block(plain, index, sample).hidden, target, streams.original[0].hidden)
-
     results: dict[str, LayerResult] = {}
     for stage in stages_of(block, plan.groups):
         statistics = _capture(pair, stage, plan, writers, token_weights)
@@ -64,6 +60,9 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
         folded = _fold(pair, stage, plan, statistics)
         results |= round_folded(block, stage, plan, statistics, folded)
     chosen_error = _change(run_block(block, index, sample).hidden, target, streams.original[0].hidden)
+    plain = copy.deepcopy(pair.original)
+    plain_packed = round_block_plainly(plain, plan)
+    plain_error = _change(run_block(plain, index, sample).hidden, target, streams.original[0].hidden)
 
     if chosen_error <= plain_error:
         kept, packed = "searched", {linear: result.packed for linear, result in results.items()}

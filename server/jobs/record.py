@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal
 
-Method = Literal["awq", "rtn"]
+Method = Literal["awq+gptq", "best", "awq", "gptq", "rtn"]
 
 
 class JobState(Enum):

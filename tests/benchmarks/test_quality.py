@@ -106,7 +106,7 @@ def test_what_is_calibrated_on_is_not_measured_on(calibration: Path, capsys: pyt
     ("arguments", "sentence"),
     [
         (["--calib=absent.txt"], "absent.txt cannot be read as UTF-8 text"),
-        (["--ours=awq,magic"], "'magic' is none of awq"),
+        (["--ours=awq,magic"], "'magic' is none of gptq, awq, awq+gptq, best"),
         (["--peers=auto-awq"], "'auto-awq' is none of llm-compressor, auto-round"),
         (["--auto-round-steps=0"], "'0' is not a whole number above 0"),
         (["--json=absent/figures.json"], "absent is not a directory that can be written to"),

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import quant
 from quant.auto_awq import AutoAWQForCausalLM, ModelToQuantize
+from quant.checkpoint.meta import CheckpointFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import OutputError, QuantError, QuantizationError, RecipeError, SourceError
 from tests.tiny_models import IM_END_ID, save_tiny_model
@@ -43,7 +44,7 @@ def test_a_script_for_autoawq_quantizes_saves_and_loads(original: Path, tmp_path
     # then the checkpoint is as asked for, and its model generates until the end of a turn
     meta = CheckpointReader.open(tmp_path / "tiny-awq").meta
     assert meta is not None
-    assert (meta.bits, meta.group_size, meta.version) == (4, 32, "gemm")
+    assert (meta.format, meta.bits, meta.group_size) == (CheckpointFormat.AWQ_GEMM, 4, 32)
     loaded = AutoAWQForCausalLM.from_quantized(tmp_path / "tiny-awq", fuse_layers=False)
     tokens = torch.tensor([tokenizer("Hello")["input_ids"]])
     assert loaded(tokens).logits.shape == (1, 5, 272)
@@ -92,9 +93,9 @@ def test_the_saved_card_has_the_name_it_was_saved_under(model: ModelToQuantize, 
         ({"quant_config": CONFIG, "w_bit": 4}, r"w_bit in quant_config and beside it"),
         ({"zero_point": False}, r"zero_point=False\) is not supported"),
         ({"version": "GEMV"}, r"version='GEMV'\) is not supported: GEMM is written"),
-        ({"w_bit": 5}, r"bits is 5; supported: 4"),
+        ({"w_bit": 5}, r"bits is 5; supported: 3, 4, 8"),
         ({"w_bit": "4"}, r"w_bit='4'\): it must be a whole number"),
-        ({"q_group_size": -1}, r"group size is -1; supported: auto, 128, 64, 32"),
+        ({"q_group_size": 48}, r"group size is 48; supported: auto, 128, 64, 32, row"),
         ({"calib_data": [[1, 2, 3]]}, r"a list must hold strings"),
         ({"calib_data": "no-such.txt"}, r"no-such\.txt is no file"),
         ({"calib_data": []}, r"calib_data\.jsonl has 0 tokens"),

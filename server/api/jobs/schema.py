@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
@@ -17,9 +17,9 @@ MAX_NAME_CHARS = 512
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 CHOICES: Mapping[str | None, tuple[int | str, ...]] = {
-    "bits": (4,),
+    "bits": (3, 4, 8),
     "group_size": ("auto", 32, 64, 128),
-    "method": ("awq", "rtn"),
+    "method": get_args(Method),
 }
 
 
@@ -32,7 +32,7 @@ class QuantizeBody(BaseModel):
     output: str | None = None
     bits: int = 4
     group_size: int | Literal["auto"] = "auto"
-    method: Method = "awq"
+    method: Method = "awq+gptq"
     calib: str = Field(default=SELF_CALIBRATION, min_length=1, max_length=MAX_NAME_CHARS)
     calib_samples: int | None = Field(default=None, ge=1, le=4096)
     calib_seqlen: int | None = Field(default=None, ge=1, le=8192)

@@ -18,6 +18,7 @@ def test_the_choices_of_a_job_are_those_of_the_quantizer() -> None:
     assert set(CHOICES["group_size"]) == {"auto", *GROUP_SIZES}
     assert set(CHOICES["method"]) == {method.value for method in Method}
     assert QuantizeBody(model="any").calib == Recipe.calibration
+    assert QuantizeBody(model="any").method == Recipe.method
 
 
 def test_every_option_of_a_job_is_one_of_the_command_line() -> None:

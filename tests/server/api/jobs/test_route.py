@@ -91,14 +91,14 @@ def test_a_job_is_accepted_followed_and_found_succeeded(places: JobPlaces) -> No
             job = accepted.json()
             assert accepted.status_code == httpx.codes.ACCEPTED
             assert accepted.headers["location"] == f"/quantize/{job['id']}"
-            assert (job["object"], job["status"], job["output"]) == ("quantization.job", "queued", "succeed-awq-w4")
-            assert (job["bits"], job["group_size"], job["method"], job["calib"]) == (4, "auto", "awq", "self")
+            assert (job["object"], job["status"], job["output"]) == ("quantization.job", "queued", "succeed-awq-gptq-w4")
+            assert (job["bits"], job["group_size"], job["method"], job["calib"]) == (4, "auto", "awq+gptq", "self")
 
             # and a look at that place later finds it done
             await ends(server.store, job["id"])
             finished = (await server.client.get(accepted.headers["location"])).json()
             assert finished["status"] == "succeeded"
-            assert finished["output_path"] == str(places.models_dir / "succeed-awq-w4")
+            assert finished["output_path"] == str(places.models_dir / "succeed-awq-gptq-w4")
             assert finished["progress"] == {"phase": "blocks", "done": 3, "total": 3, "seconds_left": 0.0}
             assert finished["report"]["perplexity"] == {"original": 32.5, "quantized": 35.25}
             assert finished["created_at"] <= finished["running_at"] <= finished["succeeded_at"]
@@ -111,7 +111,7 @@ def test_a_failed_job_has_its_reason(places: JobPlaces) -> None:
     async def run() -> None:
         async with serving(places) as server:
             job = (await server.submit(model="owner/fail", group_size=128)).json()
-            assert job["output"] == "fail-awq-w4g128"
+            assert job["output"] == "fail-awq-gptq-w4g128"
             await ends(server.store, job["id"])
             failed = (await server.client.get(f"/quantize/{job['id']}")).json()
             assert failed["status"] == "failed"
@@ -202,10 +202,10 @@ def test_calibration_may_be_a_preset_or_a_mix_of_what_the_client_may_name(places
         ('{"model": "/etc/passwd"}', "model", "neither"),
         ('{"model": "a\\u0000b"}', "model", "printable"),
         ('{"model": "' + "x" * 400 + '"}', "model", "neither"),
-        ('{"model": "succeed", "bits": 3}', "bits", "must be 4, and it is 3"),
-        ('{"model": "succeed", "bits": true}', "bits", "must be 4, and it is true"),
+        ('{"model": "succeed", "bits": 5}', "bits", "must be 3 or 4 or 8, and it is 5"),
+        ('{"model": "succeed", "bits": true}', "bits", "must be 3 or 4 or 8, and it is true"),
         ('{"model": "succeed", "group_size": 48}', "group_size", '"auto" or 32 or 64 or 128, and it is 48'),
-        ('{"model": "succeed", "method": "gptq"}', "method", '"awq" or "rtn", and it is "gptq"'),
+        ('{"model": "succeed", "method": "hqq"}', "method", '"gptq" or "rtn", and it is "hqq"'),
         ('{"model": "succeed", "output": "../escape"}', "output", "one plain directory name"),
         ('{"model": "succeed", "output": "a/b"}', "output", "one plain directory name"),
         ('{"model": "succeed", "output": ".hidden"}', "output", "one plain directory name"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # how much a change of the weights costs, as a share of the mean power of the inputs; the last leaves nearly all as is
-RIDGES = (0.1, 0.5, 2.0, 8.0)
+RIDGES = (0.03, 0.2, 1.0, 5.0)
 # of inputs that are all zero
 SMALLEST_POWER = 1e-12
 

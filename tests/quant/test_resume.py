@@ -161,6 +161,17 @@ def test_a_run_that_is_ended_twice_goes_on_twice(tmp_path: Path) -> None:
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "unbroken")
 
 
+def test_a_mixture_and_a_quantized_head_come_out_the_same(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    recipe = replace(AWQ, target_bpw=5.0, lm_head=8)
+    quantize(recipe, model, tmp_path / "unbroken")
+    end_early(recipe, model, tmp_path / "out")
+
+    run(recipe, model, tmp_path / "out")
+
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "unbroken")
+
+
 def test_how_the_result_is_measured_may_change(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     end_early(RTN, model, tmp_path / "out")

@@ -16,7 +16,7 @@ from quant.errors import QuantizationError
 from quant.input_statistics import InputStatistics, PairStatistics
 from quant.method import MethodSteps
 from quant.rounding import codes_of, full_range, grid_of, round_onto
-from quant.scale_fold import fold
+from quant.scale_fold import STORAGE_DTYPE, fold
 from quant.scale_groups import linear_of
 from quant.scale_search import (
     IDENTITY,
@@ -169,6 +169,24 @@ def store(module: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:
         raise QuantizationError(f"the codes of {name} do not come back from packing as they went in")
     linear_of(module, name).weight.copy_(dequantize(packed))
     return packed
+
+
+def plain_parameters(block: nn.Module, plan: BlockPlan) -> dict[str, nn.Parameter]:
+    """The parameters of a block that are not quantized (norms, biases, routers), by their names in it."""
+    quantized = set(plan.linear_names())
+    return {name: own for name, own in block.named_parameters() if name.removesuffix(".weight") not in quantized}
+
+
+def round_plain_parameters(block: nn.Module, name: str, plan: BlockPlan) -> None:
+    """Give those of the block of that name the values that STORAGE_DTYPE holds, in place.
+
+    The next block is to see what will be stored. Raises QuantizationError naming one that does not fit.
+    """
+    with torch.no_grad():
+        for own_name, parameter in plain_parameters(block, plan).items():
+            stored = parameter.to(STORAGE_DTYPE)
+            check_finite(f"{name}.{own_name} as {STORAGE_DTYPE}", stored)
+            parameter.copy_(stored)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from quant.block import (
     keep_scales,
     round_block_plainly,
     round_folded,
+    round_plain_parameters,
 )
 from quant.block_groups import ScaleGroup
 from quant.capture import run_block
@@ -77,6 +78,7 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
             LayerLoss(f"{name}.{linear}", "plain", result.plain_loss, result.plain_loss)
             for linear, result in results.items()
         ]
+    round_plain_parameters(block, name, plan)
     current = [run_block(block, index, chunk) for chunk in streams.current]
     return BlockOutcome(
         packed=packed,

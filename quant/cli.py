@@ -16,13 +16,13 @@ from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
 from quant.checkpoint.output_format import OutputFormat
 from quant.cli_checkpoint import convert_command, inspect_command
-from quant.errors import RecipeError
+from quant.errors import RecipeError, Terminated
 from quant.evaluate import EvalOptions, evaluate_checkpoint, render
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
 from quant.recipe import AUTO, GROUP_SIZES, ROW, Recipe
 from quant.report import layer_table, summary_table
-from quant.terminal import PROGRAM, ProgressFormat, exit_codes
+from quant.terminal import PROGRAM, ProgressFormat, exit_codes, tell_notice
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -117,9 +117,10 @@ def eval_command(
 
 
 def main() -> None:
-    """Run the command line; SIGTERM and SIGHUP end it as Ctrl-C does, so that nothing half-written stays."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _stop)
+    """Run the command line. Ctrl-C removes what was written; SIGTERM and SIGHUP leave finished work to a later run."""
+    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # its table of missing tensors, beside the sentence that names them
     set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -129,11 +130,11 @@ def main() -> None:
 def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFormat) -> None:
     if progress_format is ProgressFormat.JSON:
         lines = JsonLines(sys.stdout)
-        report = quantize(recipe, source, output, lines.on_progress)
+        report = quantize(recipe, source, output, lines.on_progress, tell_notice)
         lines.on_done(str(output), report.to_json())
         return
     with progress_bar(Console(stderr=True)) as listener:
-        report = quantize(recipe, source, output, listener)
+        report = quantize(recipe, source, output, listener, tell_notice)
     console = Console()
     if report.layers:
         console.print(layer_table(report))
@@ -161,5 +162,9 @@ def _parse_format(text: str) -> OutputFormat | None:
     return OutputFormat(text)
 
 
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated

@@ -38,3 +38,7 @@ class CheckpointError(QuantError):
 
 class QuantizationError(QuantError):
     exit_code = 1
+
+
+class Terminated(KeyboardInterrupt):
+    """The system ends this process (SIGTERM, SIGHUP). Finished work is kept, which nobody asks for with Ctrl-C."""

@@ -26,10 +26,14 @@ class BlockStack:
     name: str
 
     @property
+    def module_list(self) -> nn.Module:
+        """The blocks as the decoder holds them."""
+        return self.decoder.get_submodule(self.attribute)
+
+    @property
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by full name."""
-        blocks = self.decoder.get_submodule(self.attribute)
-        return {f"{self.name}.{name}": block for name, block in blocks.named_children()}
+        return {f"{self.name}.{name}": block for name, block in self.module_list.named_children()}
 
 
 def find_blocks(model: PreTrainedModel) -> BlockStack:

@@ -12,10 +12,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import WHOLE_ROW, PackedWeight
 from quant.bit_allocation import OptionRange, Shape, budget_of
-from quant.block import check_finite, round_block_plainly
+from quant.block import check_finite, plain_parameters, round_block_plainly, round_plain_parameters
 from quant.block_groups import share_inputs
 from quant.block_search import search_block
-from quant.calibration import CalibrationTokens, calibration_tokens, read_texts
+from quant.calibration import CalibrationText, CalibrationTokens, calibration_tokens, read_texts
 from quant.capture import embed
 from quant.checkpoint.location import recorded_name
 from quant.checkpoint.output_format import check_fits
@@ -27,9 +27,10 @@ from quant.model_card import CARD_FILE, model_card, read_licence
 from quant.model_plan import ModelPlan, mix, plain_names, plan_model, shortcomings
 from quant.model_structure import stored_modules, stored_tensors
 from quant.output_head import round_head_plainly, search_head
-from quant.progress import ProgressListener, ProgressMeter, ignore_progress
+from quant.progress import ProgressListener, ProgressMeter, ignore_notice, ignore_progress
 from quant.recipe import Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report, shares_of
+from quant.resume import FinishedBlock, FinishedWork, replay_block, run_digest
 from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import linear_of
@@ -39,13 +40,20 @@ from quant.source import SourceModel, open_source
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization under way: what was asked, the model it changes, how its blocks go, where they go."""
+    """One quantization under way: what was asked, the model it changes, how its blocks go, where they go.
+
+    num_resumed: the blocks that an earlier run had finished. start_s: when it began, on the monotonic clock; as much
+    earlier as that run had worked.
+    """
 
     recipe: Recipe
     source: SourceModel
     plan: ModelPlan
     writer: CheckpointWriter
+    finished: FinishedWork
     meter: ProgressMeter
+    num_resumed: int
+    start_s: float
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,19 @@ class SearchNumbers:
 
 
 @torch.no_grad()
-def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressListener = ignore_progress) -> Report:
+def quantize(
+    recipe: Recipe,
+    source_path: Path,
+    out: Path,
+    listener: ProgressListener = ignore_progress,
+    on_notice: Callable[[str], None] = ignore_notice,
+) -> Report:
     """Quantize the model at source_path (a directory or a .gguf file) into the new directory out.
 
-    `out` appears whole or not at all. Raises RecipeError, SourceError, OutputError or CheckpointError for bad input
-    before the long work starts, QuantizationError when a result is not finite.
+    `out` appears whole or not at all. A run that was killed, or whose disk filled up, goes on after the last block it
+    finished when the same is asked for again; on_notice hears so, in sentences. Raises RecipeError, SourceError,
+    OutputError or CheckpointError for bad input before the long work starts, QuantizationError when a result is not
+    finite.
     """
     start_s = time.monotonic()
     check_place(out)
@@ -77,26 +93,30 @@ def quantize(recipe: Recipe, source_path: Path, out: Path, listener: ProgressLis
     budget_bits = _budget(recipe, source.model, plan)
     files = source.side_files()
     num_bytes = expected_bytes(source.model, planned, budget_bits) + sum(map(len, files.values()))
-    with CheckpointWriter(out, expected_bytes=num_bytes, output_format=recipe.output_format) as writer:
-        job = Job(recipe, source, plan, writer, meter)
-        tokens = (
-            calibration_tokens(recipe, source, texts, _steps_of(meter, "calibrate"))
-            if recipe.steps.calibrates
-            else None
-        )
+    num_bytes += finished_bytes(plan, planned, budget_bits)
+    finished = FinishedWork(run_digest(recipe, source_path, texts), on_notice)
+    with CheckpointWriter(
+        out, expected_bytes=num_bytes, output_format=recipe.output_format, accepts=finished.accepts
+    ) as writer:
+        num_resumed = finished.num_blocks
+        if num_resumed:
+            on_notice(_resumption(num_resumed, len(plan.blocks)))
+            start_s -= finished.read_block(num_resumed - 1).seconds
+        job = Job(recipe, source, plan, writer, finished, meter, num_resumed, start_s)
+        tokens = _tokens(job, texts) if recipe.steps.calibrates else None
         if tokens is not None and budget_bits is not None:
             job = replace(job, plan=_mix(job, tokens, budget_bits))
         measure = _measuring(job)
         numbers = _round_blocks(job) if tokens is None else _search_blocks(job, tokens)
-        _write_plain_tensors(job)
-        report = _report(job, numbers, measure(), start_s)
+        _write_outer_tensors(job)
+        report = _report(job, numbers, measure())
         card = model_card(report, out.name, read_licence(source_path))
         made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card}
         writer.commit(_checkpoint_config(job), files={**files, **made})
     return report
 
 
-def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None, start_s: float) -> Report:
+def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None) -> Report:
     specs = planned_modules(job.source.model, job.plan)
     blocks = {name: specs[name] for name in job.plan.block_groupings()}
     return Report(
@@ -110,7 +130,7 @@ def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None, s
         held_out=held_out,
         bits_per_weight=bits_per_weight(blocks.values()),
         notes=shortcomings(job.plan, job.source.model),
-        seconds=time.monotonic() - start_s,
+        seconds=time.monotonic() - job.start_s,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
@@ -133,6 +153,29 @@ def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec], bu
     )
     num_packed_bits = max(sum(spec.num_bits for spec in planned.values()), budget_bits or 0)
     return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
+
+
+def finished_bytes(plan: ModelPlan, planned: Mapping[str, PackedSpec], budget_bits: int | None) -> int:
+    """What the finished blocks take on disk, at most: they stay until the whole checkpoint is there."""
+    specs = [planned[name] for name in plan.block_groupings()]
+    num_parameters = sum(parameter.numel() for parameter in plan.stack.module_list.parameters())
+    num_plain = num_parameters - sum(spec.num_outputs * spec.num_inputs for spec in specs)
+    num_packed_bits = max(sum(spec.num_bits for spec in specs), budget_bits or 0)
+    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
+
+
+def _resumption(num_resumed: int, num_blocks: int) -> str:
+    place = f"at block {num_resumed + 1} of" if num_resumed < num_blocks else "after the last of"
+    return f"resuming {place} {num_blocks}: an earlier run ended there"
+
+
+def _tokens(job: Job, texts: tuple[CalibrationText, ...]) -> CalibrationTokens:
+    kept = job.finished.read_tokens()
+    if kept is not None:
+        return kept
+    tokens = calibration_tokens(job.recipe, job.source, texts, _steps_of(job.meter, "calibrate"))
+    job.finished.save_tokens(job.writer, tokens)
+    return tokens
 
 
 def _steps_of(meter: ProgressMeter, phase: str) -> Callable[[int, int], None]:
@@ -160,17 +203,21 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
     streams = Streams(inputs, inputs)
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
-    blocks = job.plan.stack.blocks
-    job.meter.report("quantize", 0, len(blocks))
-    for index, (block_name, block) in enumerate(blocks.items()):
-        plan = job.plan.blocks[block_name]
-        plan = replace(plan, groups=share_inputs(plan.groups, block, index, streams.current[0]))
-        outcome = search_block(block, block_name, index, streams, plan)
-        streams = outcome.next_streams
-        layers += outcome.layers
-        errors.append(outcome.error)
-        _write_packed(job, _in_block(block_name, outcome.packed))
-        job.meter.report("quantize", index + 1, len(blocks))
+    _report_blocks(job, 0)
+    for index, (block_name, block) in enumerate(job.plan.stack.blocks.items()):
+        if index < job.num_resumed:
+            done = job.finished.read_block(index)
+            streams = replay_block(block, index, streams, done, job.recipe.steps)
+        else:
+            plan = job.plan.blocks[block_name]
+            plan = replace(plan, groups=share_inputs(plan.groups, block, index, streams.current[0]))
+            outcome = search_block(block, block_name, index, streams, plan)
+            streams = outcome.next_streams
+            done = _finish(job, index, outcome.packed, SearchNumbers(layers=outcome.layers, blocks=(outcome.error,)))
+        layers += done.layers
+        errors += done.errors
+        _write_block(job, index, done)
+        _report_blocks(job, index + 1)
     if job.plan.head is not None:
         packed, loss = search_head(job.source.model, job.plan.head, job.recipe.steps, tokens.ids)
         _write_packed(job, {job.plan.head.name: packed})
@@ -181,17 +228,55 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
 
 def _round_blocks(job: Job) -> SearchNumbers:
     """RTN: every block rounded as it is."""
-    blocks = job.plan.stack.blocks
-    for index, (block_name, block) in enumerate(blocks.items()):
-        _write_packed(job, _in_block(block_name, round_block_plainly(block, job.plan.blocks[block_name])))
-        job.meter.report("quantize", index + 1, len(blocks))
+    _report_blocks(job, 0)
+    for index, (block_name, block) in enumerate(job.plan.stack.blocks.items()):
+        if index < job.num_resumed:
+            done = job.finished.read_block(index)
+            done.restore(block)
+        else:
+            plan = job.plan.blocks[block_name]
+            packed = round_block_plainly(block, plan)
+            round_plain_parameters(block, block_name, plan)
+            done = _finish(job, index, packed, SearchNumbers())
+        _write_block(job, index, done)
+        _report_blocks(job, index + 1)
     if job.plan.head is not None:
         _write_packed(job, {job.plan.head.name: round_head_plainly(job.source.model, job.plan.head)})
     return SearchNumbers()
 
 
-def _in_block(block_name: str, packed: Mapping[str, PackedWeight]) -> dict[str, PackedWeight]:
-    return {f"{block_name}.{linear}": weight for linear, weight in packed.items()}
+def _report_blocks(job: Job, num_done: int) -> None:
+    """Blocks that an earlier run had finished are a phase of their own: they take far less time than the others."""
+    if num_done <= job.num_resumed > 0:
+        job.meter.report("resume", num_done, job.num_resumed)
+    if num_done >= job.num_resumed:
+        job.meter.report("quantize", num_done, len(job.plan.blocks))
+
+
+def _finish(job: Job, index: int, packed: Mapping[str, PackedWeight], numbers: SearchNumbers) -> FinishedBlock:
+    """Put the block of that index, which has its final values, where a later run finds it."""
+    block_name, block = list(job.plan.stack.blocks.items())[index]
+    plain = plain_parameters(block, job.plan.blocks[block_name])
+    done = FinishedBlock(
+        packed=packed,
+        plain={name: parameter.to(STORAGE_DTYPE) for name, parameter in plain.items()},
+        layers=numbers.layers,
+        errors=numbers.blocks,
+        seconds=time.monotonic() - job.start_s,
+    )
+    job.finished.save_block(job.writer, index, done)
+    return done
+
+
+def _write_block(job: Job, index: int, done: FinishedBlock) -> None:
+    block_name, block = list(job.plan.stack.blocks.items())[index]
+    _write_packed(job, {f"{block_name}.{linear}": weight for linear, weight in done.packed.items()})
+    for name, tensor in done.plain.items():
+        _write_plain(job, f"{block_name}.{name}", tensor)
+    # what a model saves beside its parameters stays as precise as it is: routers' corrections decide between experts
+    for name, tensor in block.state_dict(prefix=f"{block_name}.", keep_vars=True).items():
+        if not isinstance(tensor, nn.Parameter):
+            _write_plain(job, name, tensor)
 
 
 def _write_packed(job: Job, packed: Mapping[str, PackedWeight]) -> None:
@@ -201,19 +286,21 @@ def _write_packed(job: Job, packed: Mapping[str, PackedWeight]) -> None:
         job.writer.add_packed(stored[name], weight)
 
 
-def _write_plain_tensors(job: Job) -> None:
-    """Write what is not quantized in STORAGE_DTYPE, and give the model the same values. Tied weights are one tensor."""
+def _write_outer_tensors(job: Job) -> None:
+    """Write what is in no block and not quantized, parameters in STORAGE_DTYPE; the model gets the same values.
+
+    Tied weights are one tensor.
+    """
+    blocks = f"{job.plan.stack.name}."
     quantized = job.plan.groupings().keys()
     for name, parameter in job.source.model.named_parameters():
-        if name.removesuffix(".weight") in quantized:
-            continue
-        stored = parameter.to(STORAGE_DTYPE)
-        check_finite(f"{name} as {STORAGE_DTYPE}", stored)
-        _write_plain(job, name, stored)
-        parameter.copy_(stored)
-    # what a model saves beside its parameters stays as precise as it is: routers' corrections decide between experts
+        if not name.startswith(blocks) and name.removesuffix(".weight") not in quantized:
+            stored = parameter.to(STORAGE_DTYPE)
+            check_finite(f"{name} as {STORAGE_DTYPE}", stored)
+            _write_plain(job, name, stored)
+            parameter.copy_(stored)
     for name, tensor in job.source.model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor, nn.Parameter) and not name.startswith(blocks):
             _write_plain(job, name, tensor)
 
 

@@ -20,6 +20,10 @@ def ignore_progress(phase: str, done: int, total: int, seconds_left: float | Non
     """A listener for callers that do not look."""
 
 
+def ignore_notice(_sentence: str) -> None:
+    """For callers that do not read what a run has to say on the way."""
+
+
 class ProgressMeter:
     """Times the units of the current phase and tells the listener how many are done and how long the rest takes."""
 
@@ -28,14 +32,18 @@ class ProgressMeter:
         self._clock = clock
         self._phase = ""
         self._start_s = 0.0
+        self._start_done = 0
 
     def report(self, phase: str, done: int, total: int) -> None:
-        """`done` of `total` units of the phase are finished; a new phase starts the clock anew."""
+        """`done` of `total` units of the phase are finished; a new phase starts the clock anew.
+
+        What is done at its first report took none of its time: an earlier run did it.
+        """
         now_s = self._clock()
         if phase != self._phase:
-            self._phase, self._start_s = phase, now_s
-        elapsed_s = now_s - self._start_s
-        seconds_left = elapsed_s / done * (total - done) if done and elapsed_s > 0 else None
+            self._phase, self._start_s, self._start_done = phase, now_s, done
+        elapsed_s, num_timed = now_s - self._start_s, done - self._start_done
+        seconds_left = elapsed_s / num_timed * (total - done) if num_timed and elapsed_s > 0 else None
         self._listener(phase, done, total, seconds_left)
 
 

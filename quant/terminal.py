@@ -8,7 +8,7 @@ from enum import StrEnum
 import typer
 from rich.console import Console
 
-from quant.errors import QuantError
+from quant.errors import QuantError, Terminated
 from quant.progress import JsonLines
 
 PROGRAM = "awq-serve"
@@ -30,9 +30,17 @@ def exit_codes(progress_format: ProgressFormat) -> Iterator[None]:
     except QuantError as error:
         _tell_failure(str(error), progress_format)
         raise typer.Exit(error.exit_code) from error
+    except Terminated as error:
+        _tell_failure("terminated; the same command goes on with what was finished", progress_format)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
     except KeyboardInterrupt as error:
         _tell_failure("interrupted; nothing was written", progress_format)
         raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def tell_notice(sentence: str) -> None:
+    """What a run has to say on its way: on stderr, where programs that read JSON lines are not disturbed by it."""
+    Console(stderr=True).print(f"{PROGRAM}: {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell_failure(message: str, progress_format: ProgressFormat) -> None:

@@ -3,14 +3,10 @@
 Quantizes nothing and knows no model: it is handed tensors, packed weights, the config and the side files.
 """
 
-import errno
-import fcntl
-import glob
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -24,16 +20,28 @@ from quant.checkpoint.output_format import ENCODERS, OutputFormat, quantization_
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.stored_module import PackedSpec, spec_of
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
-from quant.errors import OutputError, WriteError
+from quant.checkpoint.work_folder import WorkFolder, flush_to_disk
+from quant.errors import OutputError, Terminated, WriteError
 
 # a shard is held in memory until it is written, and many tools read a checkpoint shard by shard
 DEFAULT_SHARD_BYTES = 2 * 1024**3
+# in the hidden folder: what becomes the checkpoint, and what is finished for a later run to go on with
+CHECKPOINT_FOLDER = "checkpoint"
+FINISHED_FOLDER = "finished"
+# after these the same run can succeed later; after any other error it would fail again
+PASSING_ERRORS = (WriteError, Terminated)
+
+
+def accept_none(_finished: Path) -> bool:
+    """For a writer that goes on with no other's work."""
+    return False
 
 
 class CheckpointWriter:
     """Use as a context manager: leaving it without `commit` removes everything that was written.
 
-    `directory` is the hidden folder.
+    But what `save_finished` wrote outlives a full disk, a termination and a kill, and a later writer may accept it.
+    `directory` is where the checkpoint grows, in the hidden folder; `finished`, beside it, what was saved.
     """
 
     def __init__(
@@ -43,10 +51,13 @@ class CheckpointWriter:
         expected_bytes: int,
         output_format: OutputFormat = OutputFormat.AWQ,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
+        accepts: Callable[[Path], bool] = accept_none,
     ) -> None:
-        """Reserve the place for `out`. Folders that killed runs left for the same `out` are removed.
+        """Reserve the place for `out`. Folders that dead runs left for the same `out` are removed.
 
-        Raises OutputError when `out` exists, cannot be created, or the disk has less than expected_bytes free.
+        But the first whose `finished` folder `accepts` takes is gone on with. expected_bytes: the checkpoint and what
+        will be saved as finished. Raises OutputError when `out` exists, cannot be created, or the disk has too little
+        room for that.
         """
         self._out = out.absolute()
         self._expected_bytes = expected_bytes
@@ -60,12 +71,12 @@ class CheckpointWriter:
         self._total_bytes = 0
         check_place(out)
         try:
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale_folders(self._out)
-            self._check_free_space()
-            self.directory = Path(tempfile.mkdtemp(prefix=_partial_prefix(self._out), dir=self._out.parent))
-            self.directory.chmod(0o755)
-            self._lock = _lock_folder(self.directory)
+            self._folder = WorkFolder.claim(self._out, lambda folder: accepts(folder / FINISHED_FOLDER))
+            self.directory = self._folder.path / CHECKPOINT_FOLDER
+            self.finished = self._folder.path / FINISHED_FOLDER
+            # half a checkpoint is no use: it is written again from what is finished
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._reserve()
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error}") from error
 
@@ -76,9 +87,11 @@ class CheckpointWriter:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._pending.clear()
-        # after commit the folder has its final name, and there is nothing left to remove
-        shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self._lock)
+        if isinstance(error, PASSING_ERRORS) and self.finished.exists():
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._folder.release()
+        else:
+            self._folder.remove()
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Keep a copy of the tensor under `name`; a full shard is written out at once.
@@ -105,6 +118,23 @@ class CheckpointWriter:
             self.add_tensor(f"{module_name}.{suffix}", tensor)
         self._packed[module_name] = spec_of(weight)
 
+    def save_finished(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a safetensors file into `finished`, whole or not at all; when this returns, it survives a power loss.
+
+        Raises OutputError when the disk is full.
+        """
+        made, final = self._folder.path / name, self.finished / name
+        try:
+            self.finished.mkdir(exist_ok=True)
+            save_file(dict(tensors), made, metadata=dict(metadata))
+            flush_to_disk(made)
+            made.rename(final)
+            flush_to_disk(self.finished)
+            flush_to_disk(self._folder.path)
+        except (OSError, SafetensorError) as error:
+            made.unlink(missing_ok=True)
+            raise self._failure(str(error)) from error
+
     def quantization_config(self, kept: Sequence[str]) -> dict[str, object]:
         """What config.json must say of the packed weights added so far; kept: the linears that stayed as they were."""
         return quantization_config(self._output_format, self._packed, kept)
@@ -123,8 +153,8 @@ class CheckpointWriter:
             for path in self.directory.iterdir():
                 # safetensors writes files that only their owner can read; a server may be another user
                 path.chmod(0o644)
-                _flush_to_disk(path)
-            _flush_to_disk(self.directory)
+                flush_to_disk(path)
+            flush_to_disk(self.directory)
         except OSError as error:
             raise self._failure(str(error)) from error
         CheckpointReader.open(self.directory)
@@ -159,24 +189,34 @@ class CheckpointWriter:
             raise OutputError(f"{self._out} appeared while the checkpoint was being written; nothing was replaced")
         try:
             self.directory.rename(self._out)
-            _flush_to_disk(self._out.parent)
+            flush_to_disk(self._out.parent)
         except OSError as error:
             raise WriteError(f"{self._out} cannot be written: {error}") from error
 
-    def _check_free_space(self) -> None:
+    def _reserve(self) -> None:
+        needed_bytes = self._expected_bytes - self._folder.num_bytes()
         free_bytes = shutil.disk_usage(self._out.parent).free
-        if free_bytes < self._expected_bytes:
+        if free_bytes < needed_bytes:
+            # finished work waits for room
+            if self.finished.exists():
+                self._folder.release()
+            else:
+                self._folder.remove()
             raise OutputError(
-                f"{self._out} needs about {_megabytes(self._expected_bytes)}, but {self._out.parent} has "
+                f"{self._out} needs about {_megabytes(needed_bytes)}, but {self._out.parent} has "
                 f"{_megabytes(free_bytes)} free; free some space or choose another disk"
             )
+        self.directory.mkdir()
+        # a server may be another user, whatever this one's umask is
+        self.directory.chmod(0o755)
 
     def _failure(self, reason: str) -> WriteError:
         free_bytes = shutil.disk_usage(self._out.parent).free
         needed_bytes = max(self._expected_bytes, self._total_bytes)
+        kept = "; what is finished is kept, and the same command goes on there" if self.finished.exists() else ""
         return WriteError(
             f"{self._out} cannot be written: {reason}. It needs about {_megabytes(needed_bytes)}; "
-            f"{_megabytes(free_bytes)} were free when it failed"
+            f"{_megabytes(free_bytes)} were free when it failed{kept}"
         )
 
 
@@ -191,42 +231,8 @@ def check_place(out: Path) -> None:
         raise OutputError(f"{out} cannot be written: no permission to write in {parent}")
 
 
-def _partial_prefix(out: Path) -> str:
-    return f".{out.name}.partial-"
-
-
 def _unnumbered(number: int) -> str:
     return f"shard-{number + 1:05d}.safetensors"
-
-
-def _lock_folder(folder: Path) -> int:
-    """Hold the folder: the lock goes when its process does, however that ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _remove_stale_folders(out: Path) -> None:
-    """Remove the hidden folders of runs that are dead; a living run holds the lock of its own."""
-    for folder in out.parent.glob(f"{glob.escape(_partial_prefix(out))}*"):
-        if not folder.is_dir():
-            continue
-        try:
-            descriptor = _lock_folder(folder)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                continue
-            raise
-        shutil.rmtree(folder)
-        os.close(descriptor)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json_bytes(value: Mapping[str, object]) -> bytes:

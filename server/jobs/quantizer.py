@@ -75,9 +75,9 @@ class QuantizerProcess:
         returncode = await self._process.wait()
         return QuantizerExit(returncode, self._report_json, self._failure, tuple(self._tail))
 
-    async def stop(self, grace_seconds: float) -> None:
-        """SIGTERM, then SIGKILL when it still runs after the grace. `follow` must be running beside it."""
-        self._signal_group(signal.SIGTERM)
+    async def stop(self, number: signal.Signals, grace_seconds: float) -> None:
+        """Send this signal, then SIGKILL when it still runs after the grace. `follow` must be running beside it."""
+        self._signal_group(number)
         try:
             await asyncio.wait_for(self._process.wait(), grace_seconds)
         except TimeoutError:

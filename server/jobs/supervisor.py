@@ -5,6 +5,7 @@ when that server ends, another takes over.
 """
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -32,7 +33,7 @@ class JobSupervisor:
     """One asyncio task that claims, runs and settles jobs. `start` it on the thread that lives as long as the server.
 
     command: what starts a quantizer; the job's arguments are appended. poll_seconds: how often it looks for what
-    other servers on the same file have queued or cancelled. grace_seconds: from SIGTERM to SIGKILL.
+    other servers on the same file have queued or cancelled. grace_seconds: from the first signal to SIGKILL.
     """
 
     def __init__(
@@ -106,8 +107,12 @@ class JobSupervisor:
         following = asyncio.create_task(quantizer.follow(note))
         while not following.done():
             await self._wait_for_news(following)
-            if not following.done() and (self._stopping or await self._is_cancel_requested(job)):
-                await quantizer.stop(self._grace_seconds)
+            if following.done():
+                break
+            is_cancelled = await self._is_cancel_requested(job)
+            if is_cancelled or self._stopping:
+                # at SIGTERM the quantizer keeps its finished blocks for the next start, at SIGINT it removes them
+                await quantizer.stop(signal.SIGINT if is_cancelled else signal.SIGTERM, self._grace_seconds)
                 break
         ended = await following
         settled = await self._persist(lambda: self._settle(job, ended))

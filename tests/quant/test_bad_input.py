@@ -224,9 +224,27 @@ def test_a_disk_that_fills_up_in_the_middle_is_a_failure(model: Path) -> None:
 
     assert result.returncode == FAILED, result.stderr
     assert "out cannot be written" in result.stderr
-    assert "were free when it failed" in result.stderr
+    assert "were free when it failed; what is finished is kept, and the same command goes on there" in result.stderr
     assert "Traceback" not in result.stderr
-    assert [path.name for path in model.parent.iterdir()] == ["model"]
+    assert not (model.parent / "out").exists()
+
+    # and with room on the disk, the same command goes on
+    result = run_program(model)
+    assert result.returncode == 0, result.stderr
+    assert "resuming after the last of 2" in result.stderr
+    assert {path.name for path in model.parent.iterdir()} == {"model", "out"}
+
+
+def test_a_disk_without_room_for_a_single_block_leaves_nothing_of_use_and_the_next_run_starts_anew(model: Path) -> None:
+    result = run_program(model, largest_file=10_000)
+
+    assert result.returncode == FAILED, result.stderr
+    assert "out cannot be written" in result.stderr
+    assert not (model.parent / "out").exists()
+
+    result = run_program(model)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in model.parent.iterdir()} == {"model", "out"}
 
 
 def test_the_program_says_it_in_one_line(model: Path) -> None:

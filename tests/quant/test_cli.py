@@ -121,11 +121,21 @@ def test_bad_input_is_a_failed_event_for_programs(tmp_path: Path) -> None:
     assert "nothing" in event["message"]
 
 
-def test_a_stopped_run_removes_what_it_wrote(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (signal.SIGINT, "interrupted; nothing was written"),
+        (signal.SIGTERM, "terminated; the same command goes on with what was finished"),
+    ],
+)
+def test_a_run_that_is_stopped_before_anything_is_finished_removes_what_it_wrote(
+    number: signal.Signals, sentence: str, model: Path, tmp_path: Path
+) -> None:
     process = _start_and_wait_for_writing(model, tmp_path)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 130
+    assert json.loads(output.splitlines()[-1]) == {"event": "failed", "message": sentence}
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
-from quant.errors import CheckpointError, OutputError
+from quant.errors import CheckpointError, OutputError, Terminated, WriteError
 from tests.quant.checkpoint.stored_modules import awq_config, random_weight
 
 CONFIG: dict[str, object] = {
@@ -160,6 +160,56 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
         write_and_fail(tmp_path / "out")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def save_and_end(out: Path, error: BaseException) -> None:
+    with CheckpointWriter(out, expected_bytes=0) as writer:
+        writer.save_finished("part.safetensors", {"a": torch.ones(2)}, {"note": "kept"})
+        writer.add_tensor("a.weight", torch.ones(1))
+        raise error
+
+
+@pytest.mark.parametrize("error", [WriteError("disk full"), Terminated()], ids=["disk full", "terminated"])
+def test_what_was_saved_as_finished_outlives_a_full_disk_and_a_termination(
+    error: BaseException, tmp_path: Path
+) -> None:
+    # given a run that saved a part and ended in a way that another run need not
+    out = tmp_path / "out"
+    with pytest.raises(type(error)):
+        save_and_end(out, error)
+
+    # then a later one finds the part, beside an empty checkpoint
+    offered: list[Path] = []
+
+    def accepts(finished: Path) -> bool:
+        offered.append(finished)
+        return True
+
+    with CheckpointWriter(out, expected_bytes=0, accepts=accepts) as writer:
+        assert offered == [writer.finished]
+        assert load_file(writer.finished / "part.safetensors")["a"].tolist() == [1, 1]
+        assert list(writer.directory.iterdir()) == []
+        writer.add_tensor("a.weight", torch.ones(1))
+        writer.commit(CONFIG, {})
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_was_saved_as_finished_does_not_outlive_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        save_and_end(tmp_path / "new" / "out", RuntimeError("calibration failed"))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_work_waits_while_the_disk_has_too_little_room_to_go_on(tmp_path: Path) -> None:
+    with pytest.raises(Terminated):
+        save_and_end(tmp_path / "out", Terminated())
+
+    with pytest.raises(OutputError, match="free some space"):
+        CheckpointWriter(tmp_path / "out", expected_bytes=10**18, accepts=lambda _finished: True)
+
+    (folder,) = hidden_folders(tmp_path)
+    assert [file.name for file in (folder / "finished").iterdir()] == ["part.safetensors"]
 
 
 def test_a_checkpoint_that_does_not_read_back_is_not_committed(tmp_path: Path) -> None:

@@ -53,19 +53,31 @@ def hang_with_child(output: Path) -> None:
     signal.pause()
 
 
-def ignore_sigterm(output: Path) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_sigint(output: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     hang(output)
 
 
-def finish_on_sigterm(output: Path) -> None:
+def finish_on_sigint(output: Path) -> None:
     """The cancellation that comes too late: the checkpoint is there by the time the signal is handled."""
 
     def finish(number: int, frame: object) -> None:
         succeed(output)
         sys.exit(0)
 
-    signal.signal(signal.SIGTERM, finish)
+    signal.signal(signal.SIGINT, finish)
+    hang(output)
+
+
+def name_signal(output: Path) -> None:
+    """Leaves the name of the signal that ends it in a file beside the output."""
+
+    def leave(number: int, frame: object) -> None:
+        output.with_suffix(".signal").write_text(signal.Signals(number).name)
+        sys.exit(130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     hang(output)
 
 
@@ -79,8 +91,9 @@ PARTS = {
         say_nothing,
         hang,
         hang_with_child,
-        ignore_sigterm,
-        finish_on_sigterm,
+        ignore_sigint,
+        finish_on_sigint,
+        name_signal,
     )
 }
 

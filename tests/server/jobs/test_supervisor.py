@@ -124,9 +124,9 @@ def test_jobs_run_one_at_a_time(store: JobStore) -> None:
     ("part", "grace_seconds", "state"),
     [
         ("hang", 10.0, JobState.CANCELLED),
-        ("ignore_sigterm", 0.2, JobState.CANCELLED),
+        ("ignore_sigint", 0.2, JobState.CANCELLED),
         # its checkpoint is whole by the time it ends, and a whole checkpoint is no waste
-        ("finish_on_sigterm", 10.0, JobState.SUCCEEDED),
+        ("finish_on_sigint", 10.0, JobState.SUCCEEDED),
     ],
 )
 def test_a_running_job_that_is_cancelled_ends(
@@ -141,6 +141,27 @@ def test_a_running_job_that_is_cancelled_ends(
             return await ends(store, job.id)
 
     assert asyncio.run(run()).state is state
+
+
+def test_a_quantizer_keeps_its_finished_blocks_when_the_server_stops_and_not_when_its_job_is_cancelled(
+    store: JobStore,
+) -> None:
+    # given jobs whose quantizer tells by which signal it ends: SIGINT removes everything, SIGTERM keeps what is done
+    async def cancel_one_and_stop_with_the_other() -> tuple[JobRecord, JobRecord]:
+        async with supervised(store) as supervisor:
+            cancelled = submit(store, "name_signal", "cancelled")
+            await reports_progress(store, cancelled.id)
+            store.request_cancel(cancelled.id)
+            supervisor.wake()
+            await ends(store, cancelled.id)
+            stopped = submit(store, "name_signal", "stopped")
+            await reports_progress(store, stopped.id)
+        return cancelled, stopped
+
+    jobs = asyncio.run(cancel_one_and_stop_with_the_other())
+
+    signals = [job.recipe.output.with_suffix(".signal").read_text() for job in jobs]
+    assert signals == ["SIGINT", "SIGTERM"]
 
 
 def test_a_server_that_stops_queues_its_job_again_and_the_next_one_runs_it(store: JobStore) -> None:

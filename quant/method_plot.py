@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.errors import RecipeError
@@ -50,7 +51,8 @@ def draw_methods(table: MethodTable) -> bytes:
     if curves:
         _draw_curves(axes[2], curves, colors)
         axes[2].set_title("output error of a block's linears (mean share)")
-    figure.suptitle(f"{table.source}: {table.num_windows} windows of {table.window_tokens} tokens of {table.text}")
+    measured_on = f"{table.num_windows} windows of {table.window_tokens} tokens of {table.text}"
+    figure.suptitle(f"{Path(table.source).name}\n{measured_on}", fontsize="medium")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -90,9 +92,12 @@ def _draw_bars(axes: "Axes", values: Mapping[str, float], colors: Mapping[str, s
 
 
 def _draw_curves(axes: "Axes", curves: Mapping[str, Mapping[int, float]], colors: Mapping[str, str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for name, curve in curves.items():
         axes.plot(list(curve), list(curve.values()), label=name, color=colors[name], marker=".")
     # errors of the first and the last blocks differ by orders of magnitude
     axes.set_yscale("log")
     axes.set_xlabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()

@@ -1,10 +1,12 @@
 """Every method's row is what its checkpoint measures, and nothing is left behind or half-written."""
 
+import gc
 import json
 import tempfile
 from pathlib import Path
 
 import pytest
+from transformers.modeling_utils import PreTrainedModel
 
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
@@ -77,6 +79,28 @@ def test_without_a_place_to_keep_them_no_checkpoint_is_left(
 
     assert [row.method for row in table.results] == [Method.RTN]
     assert not list(tmp_path.iterdir())
+
+
+def test_no_more_than_two_models_are_in_memory_at_any_time(model: Path) -> None:
+    before = num_models_in_memory()
+    counts: list[int] = []
+
+    compare_methods(
+        ComparisonOptions(model, (Method.RTN, Method.AWQ), SMALL, WINDOWS),
+        lambda phase, done, total, seconds_left: counts.append(num_models_in_memory() - before),
+    )
+
+    assert max(counts) == 2
+
+
+def num_models_in_memory() -> int:
+    """Models with weights of their own: skeletons on the meta device take none."""
+    return sum(
+        issubclass(type(thing), PreTrainedModel)
+        and thing.get_output_embeddings() is not None
+        and thing.device.type != "meta"
+        for thing in gc.get_objects()
+    )
 
 
 def test_only_the_original_can_be_measured_and_no_text_is_read_for_it(model: Path) -> None:

@@ -14,6 +14,7 @@ from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import OutputError, RecipeError, WriteError
 from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint, render
+from quant.method import Method
 from quant.method_comparison import (
     UNQUANTIZED,
     ComparisonOptions,
@@ -23,7 +24,6 @@ from quant.method_comparison import (
 )
 from quant.method_plot import check_plotting, draw_methods
 from quant.progress import progress_bar
-from quant.method import Method
 from quant.recipe import Recipe
 from quant.terminal import ProgressFormat, exit_codes, parse_group_size
 

@@ -22,9 +22,9 @@ from quant.checkpoint.writer import check_place
 from quant.dense_checkpoint import load_dense
 from quant.errors import OutputError, RecipeError
 from quant.evaluate import ORIGINAL, QUALITY_COLUMNS, Quality, TextWindows, compare, cut_windows, quality_cells
+from quant.method import Method
 from quant.pipeline import quantize
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
-from quant.method import Method
 from quant.recipe import Recipe
 from quant.report import Report
 from quant.source import open_source
@@ -97,9 +97,10 @@ def compare_methods(options: ComparisonOptions, listener: ProgressListener = ign
     if options.keep is not None:
         check_place(options.keep)
     text = options.windows.read()
-    if any(method is not Method.RTN for method in options.methods):
+    for recipe in (replace(options.recipe, method=method) for method in options.methods):
         # a text that is not there is told before the methods that need none have run
-        read_texts(options.recipe)
+        if recipe.steps.calibrates:
+            read_texts(recipe)
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
     source = open_source(options.source)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.errors import RecipeError
-from quant.method_comparison import UNQUANTIZED, MethodTable
 from quant.method import Method
+from quant.method_comparison import UNQUANTIZED, MethodTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,6 +23,7 @@ def result(method: Method, layers: tuple[LayerLoss, ...]) -> MethodResult:
         source="/models/tiny",
         recipe=Recipe(method=method),
         group_size=64,
+        mixture=(),
         calibration=None,
         layers=layers,
         blocks=(),

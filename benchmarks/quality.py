@@ -38,7 +38,7 @@ from benchmarks.quality_tools import AUTO_ROUND, LLM_COMPRESSOR, PEERS, Peer, To
 from benchmarks.turn import take_turn
 from quant.dense_checkpoint import load_dense
 from quant.errors import QuantError
-from quant.evaluate import HELD_OUT_TEXT, EvalOptions, compare, cut_windows
+from quant.evaluate import HELD_OUT_TEXT, TextWindows, compare, cut_windows
 from quant.method import Method
 from quant.progress import ProgressListener, ProgressMeter
 from quant.report import REPORT_FILE
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--llm-compressor-samples", 16, "of 256 tokens"),
         ("--auto-round-samples", 64, "of 512 tokens"),
         ("--auto-round-steps", 200, "a block"),
-        ("--windows", EvalOptions.num_windows, f"of {WINDOW_TOKENS} tokens to measure on, at most"),
+        ("--windows", TextWindows.num_windows, f"of {WINDOW_TOKENS} tokens to measure on, at most"),
         ("--threads", usable_cores(), "of each tool"),
     ):
         parser.add_argument(
@@ -200,7 +200,7 @@ def run(options: Options) -> Report:
         make_environment(peer, CACHE, announce)
     model = prepare_dense(gguf, CACHE / "models", announce)
     # before the long work: a text that is too short is refused, not found out
-    windows = read_windows(open_source(model).tokenizer, model, options)
+    windows = read_windows(open_source(model).tokenizer, options)
     busy_before = measure_busy_cores()
     outcomes = tuple(_run_tool(tool, model, options) for tool in options.tools)
     busy_after = measure_busy_cores()
@@ -208,7 +208,7 @@ def run(options: Options) -> Report:
     return Report(cpu, options, (busy_before, busy_after), outcomes, results)
 
 
-def read_windows(tokenizer: PreTrainedTokenizerBase, model: Path, options: Options) -> dict[Path, Tensor]:
+def read_windows(tokenizer: PreTrainedTokenizerBase, options: Options) -> dict[Path, Tensor]:
     """The token windows of each text to measure on. Raises RecipeError or BenchmarkError for a text that is too short.
 
     The calibration text must be long enough for the tools whose number of tokens is decided here.
@@ -221,7 +221,7 @@ def read_windows(tokenizer: PreTrainedTokenizerBase, model: Path, options: Optio
                 f"{options.calibration} has {num_tokens} tokens, and {tool.name} calibrates on {num_needed}: "
                 "give a longer text or fewer samples"
             )
-    cutting = EvalOptions(model, num_windows=options.num_windows, window_tokens=WINDOW_TOKENS)
+    cutting = TextWindows(num_windows=options.num_windows, window_tokens=WINDOW_TOKENS)
     return {text: cut_windows(tokenizer, text.read_text(encoding="utf-8"), cutting) for text in options.texts}
 
 

@@ -15,18 +15,19 @@ from quant.error_feedback import round_with_feedback
 from quant.errors import QuantizationError
 from quant.input_statistics import InputStatistics, PairStatistics
 from quant.method import MethodSteps
-from quant.rounding import codes_of, full_range, grid_of, round_onto
+from quant.rounding import codes_of, full_range, grid_of, round_onto, round_plainly
+from quant.salience import LinearChannels, channel_errors, describe_channels
 from quant.scale_fold import STORAGE_DTYPE, fold
 from quant.scale_groups import linear_of
 from quant.scale_search import (
     IDENTITY,
+    SMALLEST_SIGNAL,
     Grouping,
     ScaleCandidate,
     ScaleChoice,
     SharedInput,
     keep_unscaled,
     output_error,
-    relative_loss,
     search_scale,
 )
 
@@ -62,12 +63,30 @@ class FoldedGroup:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A quantized linear: its packed weight, the formula of its scale, its relative output error, plain and now."""
+    """A quantized linear: its packed weight, the formula of its scale, its relative output error, plain and now.
+
+    channel_errors: float32 [K], each input channel's part of the error now (salience.channel_errors).
+    """
 
     packed: PackedWeight
     formula: str
     plain_loss: float
     loss: float
+    channel_errors: Tensor
+
+
+def describe_linears(
+    block: nn.Module, groups: Sequence[ScaleGroup], plan: BlockPlan, statistics: Mapping[str, InputStatistics]
+) -> dict[str, LinearChannels]:
+    """The input channels of the groups' linears before any scale is folded, by linear name; changes nothing."""
+    channels = {}
+    for group in groups:
+        known = statistics[group.observed]
+        for name in group.linears:
+            weight, grouping = linear_of(block, name).weight.detach(), plan.grouping_of(name)
+            plain = round_plainly(weight, grouping.group_size, grouping.bits)
+            channels[name] = describe_channels(weight, plain, known.gram, known.mean_magnitude)
+    return channels
 
 
 def choose_scales(
@@ -126,8 +145,9 @@ def round_folded(
             moments = statistics.moments.get(name)
             target = (weight if moments is None else correct(weight, moments)) * scale
             packed = store(block, name, find_codes(target, gram, plan.steps, plan.grouping_of(name)))
-            loss = relative_loss(target - dequantize(packed), gram, signal)
-            results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss)
+            errors = channel_errors(target - dequantize(packed), gram)
+            loss = float(errors.sum()) / max(signal, SMALLEST_SIGNAL)
+            results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss, errors)
     return results
 
 

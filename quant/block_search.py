@@ -14,6 +14,7 @@ from quant.block import (
     LayerResult,
     check_finite,
     choose_scales,
+    describe_linears,
     fold_scales,
     keep_scales,
     round_block_plainly,
@@ -25,6 +26,7 @@ from quant.capture import run_block
 from quant.input_statistics import BlockPair, PairStatistics, Streams, capture, capture_pair, relative_weights
 from quant.report import BlockError, LayerLoss
 from quant.residual import StreamWriter, find_stream_writers
+from quant.salience import LinearChannels, measure_salience
 
 # float32 rounding over a block stays well under this; a scale folded wrongly is off by more than 0.01
 MAX_FOLD_ERROR = 1e-4
@@ -54,10 +56,12 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
     )
     sample, target = streams.current[0], outputs[0].hidden
     results: dict[str, LayerResult] = {}
+    channels: dict[str, LinearChannels] = {}
     for stage in stages_of(block, plan.groups):
         statistics = _capture(pair, stage, plan, writers, token_weights)
         for observed, inputs in statistics.inputs.items():
             check_finite(f"the input of {name}.{observed}", inputs.gram)
+        channels |= describe_linears(block, stage, plan, statistics.inputs)
         folded = _fold(pair, stage, plan, statistics)
         results |= round_folded(block, stage, plan, statistics, folded)
     chosen_error = _change(run_block(block, index, sample).hidden, target, streams.original[0].hidden)
@@ -67,24 +71,48 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
 
     if chosen_error <= plain_error:
         kept, packed = "searched", {linear: result.packed for linear, result in results.items()}
-        layers = [
-            LayerLoss(f"{name}.{linear}", result.formula, result.plain_loss, result.loss)
-            for linear, result in results.items()
-        ]
+        layers = _searched_losses(name, results, channels)
     else:
         block.load_state_dict(plain.state_dict())
         kept, packed = "plain", plain_packed
-        layers = [
-            LayerLoss(f"{name}.{linear}", "plain", result.plain_loss, result.plain_loss)
-            for linear, result in results.items()
-        ]
+        layers = _plain_losses(name, results, channels)
     round_plain_parameters(block, name, plan)
     current = [run_block(block, index, chunk) for chunk in streams.current]
     return BlockOutcome(
         packed=packed,
         next_streams=Streams(outputs if plan.steps.correction else current, current),
-        layers=tuple(layers),
+        layers=layers,
         error=BlockError(name, plain_error, min(chosen_error, plain_error), kept),
+    )
+
+
+def _searched_losses(
+    block_name: str, results: Mapping[str, LayerResult], channels: Mapping[str, LinearChannels]
+) -> tuple[LayerLoss, ...]:
+    return tuple(
+        LayerLoss(
+            name=f"{block_name}.{linear}",
+            formula=result.formula,
+            plain=result.plain_loss,
+            chosen=result.loss,
+            salience=measure_salience(channels[linear], result.channel_errors),
+        )
+        for linear, result in results.items()
+    )
+
+
+def _plain_losses(
+    block_name: str, results: Mapping[str, LayerResult], channels: Mapping[str, LinearChannels]
+) -> tuple[LayerLoss, ...]:
+    return tuple(
+        LayerLoss(
+            name=f"{block_name}.{linear}",
+            formula="plain",
+            plain=result.plain_loss,
+            chosen=result.plain_loss,
+            salience=measure_salience(channels[linear], channels[linear].plain_errors),
+        )
+        for linear, result in results.items()
     )
 
 

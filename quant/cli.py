@@ -4,25 +4,24 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from kernels.layout import WHOLE_ROW
 from quant import cli_options as options
 from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
 from quant.checkpoint.output_format import OutputFormat
 from quant.cli_checkpoint import convert_command, inspect_command
+from quant.cli_eval import eval_command
 from quant.errors import RecipeError, Terminated
-from quant.evaluate import EvalOptions, evaluate_checkpoint, render
 from quant.pipeline import quantize
 from quant.progress import JsonLines, progress_bar
-from quant.recipe import AUTO, GROUP_SIZES, ROW, Recipe
+from quant.recipe import AUTO, Recipe
 from quant.report import layer_table, summary_table
-from quant.terminal import PROGRAM, ProgressFormat, exit_codes, tell_notice
+from quant.terminal import PROGRAM, ProgressFormat, exit_codes, parse_group_size, tell_notice
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -30,6 +29,7 @@ app = typer.Typer(
 
 
 app.command("convert")(convert_command)
+app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 
 
@@ -77,7 +77,7 @@ def quantize_command(
         recipe = Recipe(
             method=method,
             bits=bits,
-            group_size=_parse_group_size(group_size),
+            group_size=parse_group_size(group_size),
             calibration=calib,
             num_samples=calib_samples,
             sample_tokens=calib_seqlen,
@@ -89,31 +89,6 @@ def quantize_command(
             lm_head=lm_head,
         )
         _run(recipe, resolve_model(source), output, progress_format)
-
-
-@app.command("eval")
-def eval_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="directory that quantize wrote")],
-    against: Annotated[
-        str | None, typer.Option(metavar="SRC", help="the original; by default the one that the report names")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text file; by default a short text that ships here")] = None,
-    windows: Annotated[int, typer.Option(help="windows to measure, at most")] = EvalOptions.num_windows,
-    window_tokens: Annotated[int, typer.Option(help="tokens per window")] = EvalOptions.window_tokens,
-) -> None:
-    """Print perplexity of the original, of plain rounding and of CHECKPOINT on the same tokens, side by side.
-
-    **Examples**
-
-        awq-serve eval ./smollm2-awq
-
-        awq-serve eval ./smollm2-awq --against ./SmolLM2-135M-Instruct --text wikitext2-test.raw
-    """
-    with exit_codes(ProgressFormat.RICH):
-        asked = EvalOptions(checkpoint, against, text, windows, window_tokens)
-        with progress_bar(Console(stderr=True)) as listener:
-            table = evaluate_checkpoint(asked, listener)
-        Console().print(render(table))
 
 
 def main() -> None:
@@ -142,16 +117,6 @@ def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFo
     for note in report.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(f"written to {output}", soft_wrap=True)
-
-
-def _parse_group_size(text: str) -> int | None:
-    if text == AUTO:
-        return None
-    if text == ROW:
-        return WHOLE_ROW
-    if not text.isdecimal():
-        raise RecipeError(f"group size is {text!r}; supported: {AUTO}, {', '.join(map(str, GROUP_SIZES))}, {ROW}")
-    return int(text)
 
 
 def _parse_format(text: str) -> OutputFormat | None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from quant.checkpoint.location import resolve_model
 from quant.checkpoint.output_format import OutputFormat
 from quant.convert import convert
-from quant.inspect_checkpoint import inspect_checkpoint, module_table, plain_table, summary_table
+from quant.inspect_checkpoint import inspect_checkpoint, module_table, plain_table, salience_table, summary_table
 from quant.progress import progress_bar
 from quant.terminal import ProgressFormat, exit_codes
 
@@ -42,7 +42,10 @@ def convert_command(
 def inspect_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="directory or hub name")],
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of tables")] = False,
+    salience: Annotated[
+        bool, typer.Option("--salience", help="which input channels matter most, and what share of the error is theirs")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object with all of it instead of tables")] = False,
 ) -> None:
     """Print what CHECKPOINT holds: format, bits per weight, every layer's shape, size and error, what is unquantized.
 
@@ -50,15 +53,18 @@ def inspect_command(
 
         awq-serve inspect ./smollm2-awq
 
+        awq-serve inspect ./smollm2-awq --salience
+
         awq-serve inspect ./smollm2-awq --json
     """
     with exit_codes(ProgressFormat.RICH):
         inspection = inspect_checkpoint(resolve_model(checkpoint))
+        tables = [salience_table(inspection)] if salience else [module_table(inspection), plain_table(inspection)]
     if as_json:
         typer.echo(json.dumps(inspection.to_json(), indent=2))
         return
     console = Console()
-    for table in (module_table(inspection), plain_table(inspection)):
+    for table in tables:
         if table.row_count:
             console.print(table)
     console.print(summary_table(inspection))

@@ -7,7 +7,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,17 +32,18 @@ HELD_OUT_TEXT = Path(__file__).parent / "held_out.txt"
 # rows of logits compared at once: a window times the vocabulary in float32 several times over would not stay small
 ROWS_AT_ONCE = 128
 MAX_MEAN_NLL = 700.0
+ORIGINAL = "original"
+QUALITY_COLUMNS = ("perplexity", "mean KL (nats)", "same first choice")
 
 
 @dataclass(frozen=True)
-class EvalOptions:
-    """against: the original, as a path or hub name; None takes what the checkpoint's report names.
+class TextWindows:
+    """The tokens that models are measured on: the first num_windows windows of window_tokens each.
 
-    text: a UTF-8 file; None takes the text that ships with this program.
+    text: a UTF-8 file; None takes the text that ships with this program. Raises RecipeError for sizes that measure
+    nothing.
     """
 
-    checkpoint: Path
-    against: str | None = None
     text: Path | None = None
     num_windows: int = 24
     window_tokens: int = 512
@@ -52,6 +53,28 @@ class EvalOptions:
             raise RecipeError(f"the number of windows is {self.num_windows}; it must be at least 1")
         if self.window_tokens < 2:
             raise RecipeError(f"a window of {self.window_tokens} tokens predicts nothing; it must have at least 2")
+
+    def read(self) -> str:
+        """Raises SourceError when the file cannot be read as UTF-8 text."""
+        path = self.text or HELD_OUT_TEXT
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+    @property
+    def origin(self) -> str:
+        """What people call the text."""
+        return str(self.text or f"the text that ships with this program ({HELD_OUT_TEXT.name})")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """against: the original, as a path or hub name; None takes what the checkpoint's report names."""
+
+    checkpoint: Path
+    against: str | None = None
+    windows: TextWindows = TextWindows()
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,10 @@ class EvalTable:
     text: str
     num_windows: int
     window_tokens: int
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as plain JSON values."""
+        return asdict(self)
 
 
 @dataclass
@@ -125,19 +152,19 @@ def evaluate_checkpoint(options: EvalOptions, listener: ProgressListener = ignor
     if reader.meta is None:
         raise CheckpointError(f"{options.checkpoint} is not quantized; there is nothing to compare")
     source = open_source(resolve_model(options.against or _recorded_source(options.checkpoint)))
-    windows = cut_windows(source.tokenizer, _read_text(options.text), options)
+    windows = cut_windows(source.tokenizer, options.windows.read(), options.windows)
     meter.report("load", 1, 3)
     quantized = load_dense(options.checkpoint)
     meter.report("load", 2, 3)
     models = {
-        "original": source.model,
+        ORIGINAL: source.model,
         "plain rounding": _round_copy(source.model, reader),
         "checkpoint": quantized,
     }
     meter.report("load", 3, 3)
     return EvalTable(
         rows=compare(models, windows, meter),
-        text=str(options.text or f"the text that ships with this program ({HELD_OUT_TEXT.name})"),
+        text=options.windows.origin,
         num_windows=windows.shape[0],
         window_tokens=windows.shape[1],
     )
@@ -178,7 +205,7 @@ def predict(name: str, model: PreTrainedModel, window: Tensor) -> Tensor:
     return logits
 
 
-def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, options: EvalOptions) -> Tensor:
+def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, options: TextWindows) -> Tensor:
     """The first windows of the text, int64 [W, T] without overlap: one tokenization, special tokens as it adds them.
 
     Raises RecipeError when the text does not fill one window; a text that fills some gives those.
@@ -198,13 +225,19 @@ def render(table: EvalTable) -> Table:
     rendered = Table(
         title=f"{table.num_windows} windows of {table.window_tokens} tokens of {table.text}", title_justify="left"
     )
-    for column in ("model", "perplexity", "mean KL (nats)", "same first choice"):
-        rendered.add_column(column, justify="left" if column == "model" else "right")
+    rendered.add_column("model")
+    for column in QUALITY_COLUMNS:
+        rendered.add_column(column, justify="right")
     for row in table.rows:
-        kl = "" if row.mean_kl is None else f"{row.mean_kl:.5f}"
-        agreement = "" if row.top1_agreement is None else f"{100 * row.top1_agreement:.2f} %"
-        rendered.add_row(row.name, f"{row.perplexity:.3f}", kl, agreement)
+        rendered.add_row(row.name, *quality_cells(row))
     return rendered
+
+
+def quality_cells(quality: Quality) -> tuple[str, ...]:
+    """The numbers as people read them, one for each of QUALITY_COLUMNS."""
+    kl = "" if quality.mean_kl is None else f"{quality.mean_kl:.5f}"
+    agreement = "" if quality.top1_agreement is None else f"{100 * quality.top1_agreement:.2f} %"
+    return f"{quality.perplexity:.3f}", kl, agreement
 
 
 def _round_copy(original: PreTrainedModel, reader: CheckpointReader) -> PreTrainedModel:
@@ -231,11 +264,3 @@ def _recorded_source(checkpoint: Path) -> str:
             f"{checkpoint} has no {REPORT_FILE} that names its original; give it with --against"
         ) from error
     return str(source)
-
-
-def _read_text(file: Path | None) -> str:
-    path = file or HELD_OUT_TEXT
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error

@@ -5,7 +5,6 @@ The pipeline changes its model in place, so the original cannot be asked again.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from quant.errors import QuantizationError
-from quant.evaluate import HELD_OUT_TEXT, EvalOptions, QualitySums, cut_windows, predict
+from quant.evaluate import QualitySums, TextWindows, cut_windows, predict
 from quant.progress import ProgressMeter
 from quant.report import HeldOutQuality
 
@@ -40,8 +39,8 @@ def predict_held_out(
     """
     window_bytes = (WINDOW_TOKENS - 1) * model.config.vocab_size * torch.float32.itemsize
     num_kept = min(num_windows, max(1, MAX_KEPT_BYTES // window_bytes))
-    options = EvalOptions(Path(), num_windows=num_kept, window_tokens=WINDOW_TOKENS)
-    windows = cut_windows(tokenizer, HELD_OUT_TEXT.read_text(encoding="utf-8"), options)
+    options = TextWindows(num_windows=num_kept, window_tokens=WINDOW_TOKENS)
+    windows = cut_windows(tokenizer, options.read(), options)
     return KeptPredictions(windows, tuple(_predict_all("original", model, windows, meter)))
 
 

@@ -2,14 +2,21 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
+import msgspec
 from rich.table import Table
 
 from quant.checkpoint.reader import CheckpointReader
+from quant.errors import CheckpointError
 from quant.report import REPORT_FILE
+from quant.salience import SALIENT_SHARE, ChannelErrors, Salience
+
+# of a module's salient channels, that many are named in the table
+CHANNELS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class QuantizedModule:
     """shape: [N, K]. num_bytes: codes, scales and zero points as stored.
 
     plain_error and error: output error as a share of the output, by plain rounding and as written, where a report
-    beside the checkpoint has them.
+    beside the checkpoint has them. salience: the input channels that matter most, where it has that.
     """
 
     name: str
@@ -27,6 +34,16 @@ class QuantizedModule:
     num_bytes: int
     plain_error: float | None
     error: float | None
+    salience: Salience | None
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """What a report beside a checkpoint says of one module: output error by plain rounding and as written."""
+
+    plain: float | None = None
+    chosen: float | None = None
+    salience: Salience | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,8 @@ class Inspection:
 def inspect_checkpoint(directory: Path) -> Inspection:
     """Look at a checkpoint, quantized or not. Raises CheckpointError when it is none, or is damaged."""
     reader = CheckpointReader.open(directory)
-    errors = _measured_errors(directory / REPORT_FILE)
-    quantized = tuple(_describe_module(reader, name, errors) for name in reader.quantized_module_names)
+    layers = _measured_layers(directory / REPORT_FILE)
+    quantized = tuple(_describe_module(reader, name, layers) for name in reader.quantized_module_names)
     packed = {name for module in reader.quantized_module_names for name in reader.packed_tensor_names(module)}
     plain = [name for name in reader.tensor_names if name not in packed]
     num_weights = sum(math.prod(module.shape) for module in quantized)
@@ -98,6 +115,36 @@ def module_table(inspection: Inspection) -> Table:
     return table
 
 
+def salience_table(inspection: Inspection) -> Table:
+    """Per module: the salient channels, and what they carry of plain rounding's error, plain and as written.
+
+    Beside them as many channels that are picked by the norm of their weights. Raises CheckpointError when no report
+    beside the checkpoint says so.
+    """
+    known = [(module.name, module.salience) for module in inspection.quantized if module.salience is not None]
+    if not known:
+        raise CheckpointError(
+            f"{inspection.checkpoint} has no {REPORT_FILE} that says which channels are salient: quantize the model "
+            "with this program, by a method that reads calibration text"
+        )
+    table = Table(
+        title=f"share of plain rounding's output error in {100 * SALIENT_SHARE:g} % of the channels",
+        title_justify="left",
+    )
+    table.add_column("module")
+    table.add_column("channels that carry the most")
+    for column in ("plain rounding", "as written", "change", "by weight norm: plain", "as written"):
+        table.add_column(column, justify="right")
+    for name, salience in known:
+        first = ", ".join(map(str, salience.channels[:CHANNELS_SHOWN]))
+        num_more = len(salience.channels) - CHANNELS_SHOWN
+        table.add_row(name, f"{first} and {num_more} more" if num_more > 0 else first, *_salience_cells(salience))
+    if len(known) > 1:
+        table.add_section()
+        table.add_row("mean", "", *_salience_cells(_mean_salience([salience for _, salience in known])))
+    return table
+
+
 def plain_table(inspection: Inspection) -> Table:
     """The matrices that are not quantized, one a row."""
     table = Table(title="not quantized", title_justify="left")
@@ -125,13 +172,13 @@ def summary_table(inspection: Inspection) -> Table:
     return table
 
 
-def _describe_module(
-    reader: CheckpointReader, name: str, errors: Mapping[str, tuple[float | None, float | None]]
-) -> QuantizedModule:
+def _describe_module(reader: CheckpointReader, name: str, layers: Mapping[str, MeasuredLayer]) -> QuantizedModule:
     spec = reader.packed_spec(name)
     num_bytes = sum(map(reader.num_bytes, reader.packed_tensor_names(name)))
-    plain_error, error = errors.get(name, (None, None))
-    return QuantizedModule(name, spec.shape, spec.bits, spec.group_size, num_bytes, plain_error, error)
+    layer = layers.get(name, MeasuredLayer())
+    return QuantizedModule(
+        name, spec.shape, spec.bits, spec.group_size, num_bytes, layer.plain, layer.chosen, layer.salience
+    )
 
 
 def _describe_tensor(reader: CheckpointReader, name: str) -> PlainTensor:
@@ -139,19 +186,38 @@ def _describe_tensor(reader: CheckpointReader, name: str) -> PlainTensor:
     return PlainTensor(name, reader.shape(name), dtype, reader.num_bytes(name))
 
 
-def _measured_errors(report_file: Path) -> dict[str, tuple[float | None, float | None]]:
-    """(plain rounding, as written) by module; empty where no report of the quantizer lies beside the checkpoint."""
+def _measured_layers(report_file: Path) -> dict[str, MeasuredLayer]:
+    """What was measured, by module; empty where no report of the quantizer lies beside the checkpoint."""
     try:
         report: object = json.loads(report_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     layers = report.get("layers") if isinstance(report, dict) else None
     entries = [entry for entry in layers if isinstance(entry, dict)] if isinstance(layers, list) else []
-    return {str(entry.get("name")): (_number(entry.get("plain")), _number(entry.get("chosen"))) for entry in entries}
+    return {str(entry.get("name")): _measured_layer(entry) for entry in entries}
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _measured_layer(entry: Mapping[str, object]) -> MeasuredLayer:
+    """What can be understood of a report's entry: other programs write files of that name too."""
+    try:
+        return msgspec.convert(entry, MeasuredLayer)
+    except msgspec.ValidationError:
+        return MeasuredLayer()
+
+
+def _mean_salience(saliences: Sequence[Salience]) -> Salience:
+    def mean(errors: Sequence[ChannelErrors]) -> ChannelErrors:
+        return ChannelErrors(fmean(error.plain for error in errors), fmean(error.chosen for error in errors))
+
+    by_magnitude = mean([salience.by_magnitude for salience in saliences])
+    return Salience((), by_magnitude, mean([salience.by_weight for salience in saliences]))
+
+
+def _salience_cells(salience: Salience) -> tuple[str, ...]:
+    salient, by_weight = salience.by_magnitude, salience.by_weight
+    change = f"x {salient.chosen / salient.plain:.2f}" if salient.plain > 0 else ""
+    shares = [f"{100 * share:.1f} %" for share in (salient.plain, salient.chosen, by_weight.plain, by_weight.chosen)]
+    return (*shares[:2], change, *shares[2:])
 
 
 def _size(shape: tuple[int, ...]) -> str:

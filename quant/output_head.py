@@ -56,8 +56,8 @@ def search_head(
     signal = float(output_error(weight, gram).sum())
     plain = round_plainly(weight, plan.grouping.group_size, plan.grouping.bits)
     packed = store(model, plan.name, find_codes(weight, gram, steps, plan.grouping))
-    losses = [relative_loss(weight - rounded, gram, signal) for rounded in (plain, dequantize(packed))]
-    return packed, LayerLoss(plan.name, IDENTITY, *losses)
+    plain_loss, loss = (relative_loss(weight - rounded, gram, signal) for rounded in (plain, dequantize(packed)))
+    return packed, LayerLoss(plan.name, IDENTITY, plain_loss, loss)
 
 
 def _what_it_reads(model: PreTrainedModel, name: str, token_ids: Tensor) -> InputStatistics:

@@ -10,18 +10,23 @@ from kernels.layout import WHOLE_ROW
 from quant.calibration_mix import without_directories
 from quant.checkpoint.stored_module import PackedSpec
 from quant.recipe import Recipe
+from quant.salience import Salience
 
 REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """A linear's output error as a share of its output, on the calibration text: rounded plainly, and as written."""
+    """A linear's output error as a share of its output, on the calibration text: rounded plainly, and as written.
+
+    salience: the input channels that matter most and their part in the error.
+    """
 
     name: str
     formula: str
     plain: float
     chosen: float
+    salience: Salience | None = None
 
 
 @dataclass(frozen=True)

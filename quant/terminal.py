@@ -1,4 +1,4 @@
-"""What the quantizer's commands share at a terminal: how they tell progress, failures and their exit codes."""
+"""What the quantizer's commands share at a terminal: how they tell progress, failures, exit codes and group sizes."""
 
 import sys
 from collections.abc import Iterator
@@ -8,8 +8,10 @@ from enum import StrEnum
 import typer
 from rich.console import Console
 
-from quant.errors import QuantError, Terminated
+from kernels.layout import WHOLE_ROW
+from quant.errors import QuantError, RecipeError, Terminated
 from quant.progress import JsonLines
+from quant.recipe import AUTO, GROUP_SIZES, ROW
 
 PROGRAM = "awq-serve"
 EXIT_INTERRUPTED = 130
@@ -41,6 +43,17 @@ def exit_codes(progress_format: ProgressFormat) -> Iterator[None]:
 def tell_notice(sentence: str) -> None:
     """What a run has to say on its way: on stderr, where programs that read JSON lines are not disturbed by it."""
     Console(stderr=True).print(f"{PROGRAM}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_group_size(text: str) -> int | None:
+    """What `--group-size` says, as a Recipe takes it. Raises RecipeError when it is no size."""
+    if text == AUTO:
+        return None
+    if text == ROW:
+        return WHOLE_ROW
+    if not text.isdecimal():
+        raise RecipeError(f"group size is {text!r}; supported: {AUTO}, {', '.join(map(str, GROUP_SIZES))}, {ROW}")
+    return int(text)
 
 
 def _tell_failure(message: str, progress_format: ProgressFormat) -> None:

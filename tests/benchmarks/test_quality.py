@@ -128,10 +128,10 @@ def test_texts_that_are_too_short_are_refused_before_a_tool_runs(model: Path, ca
     tokenizer = open_source(model).tokenizer
     options = parse_options([f"--calib={calibration}", f"--text={text}", "--llm-compressor-samples=9999"])
     with pytest.raises(BenchmarkError, match=r"calibration\.txt has \d+ tokens, and llm-compressor AWQ calibrates on"):
-        read_windows(tokenizer, model, options)
+        read_windows(tokenizer, options)
     text.write_text("a few words")
     with pytest.raises(RecipeError, match="fewer than one window of 512"):
-        read_windows(tokenizer, model, replace(options, tools=()))
+        read_windows(tokenizer, replace(options, tools=()))
 
 
 def test_calibration_rows_are_spread_over_the_text() -> None:
@@ -204,7 +204,7 @@ def test_a_tool_runs_in_its_own_process_and_what_it_wrote_is_measured(
     assert measure_bits_per_weight(model, job.checkpoint) == 4 + 20 / 64
     # and they are measured beside the original
     outcome = Outcome(tool, cost, calibration_tokens=0, bits_per_weight=4.3125)
-    windows = read_windows(open_source(model).tokenizer, model, options)
+    windows = read_windows(open_source(model).tokenizer, options)
     (result,) = measure(model, [outcome], windows, options)
     assert (result.text, result.num_windows, result.window_tokens) == ("text.txt", 1, 512)
     original, rounded = result.rows

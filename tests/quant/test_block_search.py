@@ -1,7 +1,8 @@
 """One block: what is written is what the next block reads, and plain rounding stands in for a search that failed."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from quant.block import BlockPlan, FoldedGroup, fold_scales, round_block_plainly
 from quant.block_groups import ScaleGroup, groups_of
 from quant.block_search import BlockOutcome, search_block, stages_of
 from quant.capture import BlockInput, embed, run_block
-from quant.input_statistics import Streams
+from quant.input_statistics import Streams, capture
 from quant.method import STEPS, Method
 from quant.model_structure import find_blocks
 from quant.rounding import GroupRange, full_range
+from quant.salience import channel_errors
 from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import IDENTITY, Grouping, ScaleChoice
 from tests.tiny_models import save_tiny_model
@@ -61,6 +63,29 @@ def is_plain(subject: Subject, outcome: BlockOutcome) -> bool:
     return all(
         torch.equal(unpack(outcome.packed[name]).codes, unpack(packed).codes) for name, packed in subject.plain.items()
     )
+
+
+def test_each_layer_says_what_its_salient_channels_make_of_the_error(subject: Subject) -> None:
+    # given the method that moves no weight towards another target
+    name, original = "self_attn.q_proj", copy.deepcopy(subject.block)
+    subject = replace(subject, plan=replace(subject.plan, steps=STEPS[Method.AWQ]))
+
+    outcome = subject.search()
+
+    # then the shares are those of a weight whose scale is taken out again: the norm before it was divided by it
+    with torch.no_grad():
+        known = capture(original, 0, subject.inputs, [name])[name]
+        weight, norm = linear_of(original, name).weight, original.get_parameter("input_layernorm.weight")
+        scale = norm / subject.block.get_parameter("input_layernorm.weight")
+        plain = channel_errors(weight - dequantize(subject.plain[name]), known.gram)
+        written = channel_errors(weight - dequantize(outcome.packed[name]) / scale, known.gram)
+    # 1 % of 64 channels is one
+    most = int(known.mean_magnitude.argmax())
+    salience = next(layer.salience for layer in outcome.layers if layer.name == f"{NAME}.{name}")
+    assert salience is not None
+    assert salience.channels == (most,)
+    assert salience.by_magnitude.plain == pytest.approx(float(plain[most] / plain.sum()), rel=1e-3)
+    assert salience.by_magnitude.chosen == pytest.approx(float(written[most] / plain.sum()), rel=1e-2)
 
 
 def test_the_next_block_reads_what_the_packed_weights_give(subject: Subject) -> None:
@@ -113,6 +138,9 @@ def test_a_search_that_ends_worse_than_plain_rounding_is_not_written(
     assert outcome.error.kept == "plain"
     assert is_plain(subject, outcome)
     assert all(layer.chosen == layer.plain for layer in outcome.layers)
+    saliences = [layer.salience for layer in outcome.layers if layer.salience is not None]
+    assert len(saliences) == len(outcome.layers)
+    assert all(salience.by_magnitude.chosen == salience.by_magnitude.plain for salience in saliences)
 
 
 def test_attention_is_quantized_before_the_mlp_and_scales_stay_with_what_they_fold_into(subject: Subject) -> None:

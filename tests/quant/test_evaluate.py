@@ -15,7 +15,7 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, RecipeError, SourceError
-from quant.evaluate import EvalOptions, Quality, compare, cut_windows, evaluate_checkpoint
+from quant.evaluate import EvalOptions, Quality, TextWindows, compare, cut_windows, evaluate_checkpoint
 from quant.progress import ProgressMeter, ignore_progress
 from quant.rounding import codes_of, full_range, grid_of
 from quant.source import open_source
@@ -85,7 +85,7 @@ def test_perplexity_divergence_and_agreement_are_what_the_formulas_say() -> None
 
 def test_windows_follow_one_another_without_overlap(original: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(original)
-    options = EvalOptions(Path(), num_windows=3, window_tokens=10)
+    options = TextWindows(num_windows=3, window_tokens=10)
 
     windows = cut_windows(tokenizer, TEXT, options)
 
@@ -96,7 +96,7 @@ def test_windows_follow_one_another_without_overlap(original: Path) -> None:
 def test_a_text_that_fills_fewer_windows_gives_those(original: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(original)
 
-    assert cut_windows(tokenizer, "x" * 25, EvalOptions(Path(), num_windows=24, window_tokens=10)).shape == (2, 10)
+    assert cut_windows(tokenizer, "x" * 25, TextWindows(num_windows=24, window_tokens=10)).shape == (2, 10)
 
 
 def test_the_checkpoint_is_measured_as_it_was_saved(checkpoint: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_checkpoint_is_measured_as_it_was_saved(checkpoint: Path) -> None:
 
 
 def test_a_plainly_rounded_checkpoint_measures_the_same_as_plain_rounding(checkpoint: Path, text: Path) -> None:
-    table = evaluate_checkpoint(EvalOptions(checkpoint, text=text, num_windows=4, window_tokens=64))
+    table = evaluate_checkpoint(EvalOptions(checkpoint, windows=TextWindows(text, num_windows=4, window_tokens=64)))
 
     original, plain, saved = table.rows
     assert [row.name for row in table.rows] == ["original", "plain rounding", "checkpoint"]
@@ -128,14 +128,14 @@ def test_a_changed_file_changes_what_is_measured(checkpoint: Path, text: Path, t
     content[-64:] = bytes(64)
     file.write_bytes(bytes(content))
 
-    table = evaluate_checkpoint(EvalOptions(damaged, text=text, num_windows=2, window_tokens=64))
+    table = evaluate_checkpoint(EvalOptions(damaged, windows=TextWindows(text, num_windows=2, window_tokens=64)))
 
     _, plain, saved = table.rows
     assert saved.mean_kl != pytest.approx(plain.mean_kl, rel=1e-4)
 
 
 def test_without_a_text_the_shipped_one_is_used_and_named(checkpoint: Path) -> None:
-    table = evaluate_checkpoint(EvalOptions(checkpoint, num_windows=1, window_tokens=32))
+    table = evaluate_checkpoint(EvalOptions(checkpoint, windows=TextWindows(num_windows=1, window_tokens=32)))
 
     assert "held_out.txt" in table.text
 
@@ -146,14 +146,14 @@ def test_a_checkpoint_that_names_no_original_asks_for_it(checkpoint: Path, text:
     (nameless / "report.json").unlink()
 
     with pytest.raises(RecipeError, match="names its original; give it with --against"):
-        evaluate_checkpoint(EvalOptions(nameless, text=text))
+        evaluate_checkpoint(EvalOptions(nameless, windows=TextWindows(text)))
 
 
 def test_another_model_as_original_is_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     other = save_tiny_model("llama", tmp_path / "other", config_overrides={"num_hidden_layers": 1})
 
     with pytest.raises(SourceError, match=r"the original has no module model\.layers\.1\."):
-        evaluate_checkpoint(EvalOptions(checkpoint, against=str(other), text=text, window_tokens=64))
+        evaluate_checkpoint(EvalOptions(checkpoint, str(other), TextWindows(text, window_tokens=64)))
 
 
 def test_an_unquantized_model_has_nothing_to_compare(original: Path) -> None:
@@ -165,10 +165,10 @@ def test_a_text_shorter_than_a_window_is_refused_with_the_numbers(checkpoint: Pa
     (tmp_path / "short.txt").write_text("short")
 
     with pytest.raises(RecipeError, match="the text has 5 tokens, fewer than one window of 512"):
-        evaluate_checkpoint(EvalOptions(checkpoint, text=tmp_path / "short.txt"))
+        evaluate_checkpoint(EvalOptions(checkpoint, windows=TextWindows(tmp_path / "short.txt")))
 
 
 @pytest.mark.parametrize("sizes", [(0, 512), (24, 1)])
 def test_windows_that_measure_nothing_are_refused(sizes: tuple[int, int]) -> None:
     with pytest.raises(RecipeError, match="at least"):
-        EvalOptions(Path(), num_windows=sizes[0], window_tokens=sizes[1])
+        TextWindows(num_windows=sizes[0], window_tokens=sizes[1])

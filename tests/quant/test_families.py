@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, SourceError
-from quant.evaluate import EvalOptions, evaluate_checkpoint
+from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint
 from quant.method import Method
 from quant.pipeline import quantize
 from quant.recipe import Recipe
@@ -99,7 +99,7 @@ def test_the_checkpoint_of_a_mixture_of_experts_is_evaluated_beside_its_plain_ro
     open_dense(BY_NAME["mixtral"], tmp_path / "model")
     quantize(RTN, tmp_path / "model", tmp_path / "rtn")
 
-    table = evaluate_checkpoint(EvalOptions(tmp_path / "rtn", num_windows=1, window_tokens=64))
+    table = evaluate_checkpoint(EvalOptions(tmp_path / "rtn", windows=TextWindows(num_windows=1, window_tokens=64)))
 
     original, plain, checkpoint = table.rows
     assert checkpoint.perplexity == pytest.approx(plain.perplexity, rel=1e-3)

@@ -16,15 +16,19 @@ from quant.cli import app
 from quant.errors import CheckpointError
 from quant.inspect_checkpoint import PlainTensor, QuantizedModule, inspect_checkpoint
 from quant.report import LayerLoss
+from quant.salience import ChannelErrors, Salience
 from tests.quant.checkpoint.stored_modules import random_weight
 
+SALIENCE = Salience((5, 40, 1, 2, 3, 4), ChannelErrors(0.5, 0.125), ChannelErrors(0.02, 0.01))
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+
+ODD_ENTRY = json.dumps({"layers": [{"name": DOWN, "plain": "little", "salience": {"channels": 3}}]}).encode()
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A module of 3 bits in groups of 32 and one of 8 bits a row, an embedding and a norm; errors of one are known."""
-    report = {"layers": [asdict(LayerLoss(DOWN, "mean^0.5", plain=0.25, chosen=0.125))]}
+    report = {"layers": [asdict(LayerLoss(DOWN, "mean^0.5", plain=0.25, chosen=0.125, salience=SALIENCE))]}
     with CheckpointWriter(tmp_path / "out", expected_bytes=0, output_format=OutputFormat.COMPRESSED_TENSORS) as writer:
         writer.add_packed(DOWN, random_weight(32, 64, 32, bits=3))
         writer.add_packed(UP, random_weight(64, 32, 32, bits=8))
@@ -43,8 +47,8 @@ def test_every_module_is_described_by_its_own_tensors(checkpoint: Path) -> None:
     up_bytes = 64 * 32 + 64 * 2 + 2 * 8 * 4 + 16
     assert inspection.format == "compressed-tensors pack-quantized"
     assert inspection.quantized == (
-        QuantizedModule(DOWN, (32, 64), 3, 32, down_bytes, plain_error=0.25, error=0.125),
-        QuantizedModule(UP, (64, 32), 8, 32, up_bytes, plain_error=None, error=None),
+        QuantizedModule(DOWN, (32, 64), 3, 32, down_bytes, plain_error=0.25, error=0.125, salience=SALIENCE),
+        QuantizedModule(UP, (64, 32), 8, 32, up_bytes, plain_error=None, error=None, salience=None),
     )
     assert inspection.unquantized == (PlainTensor("model.embed_tokens.weight", (10, 32), "float16", 640),)
     assert inspection.num_parameters == 2 * 2048 + 320 + 32
@@ -65,7 +69,7 @@ def test_an_unquantized_model_has_no_format(tmp_path: Path) -> None:
     assert inspection.unquantized == (PlainTensor("a.weight", (2, 3), "float32", 24),)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"layers": 3}', b'{"layers": [4, {"name": 5}]}'])
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"layers": 3}', b'{"layers": [4, {"name": 5}]}', ODD_ENTRY])
 def test_a_report_of_another_kind_says_nothing_about_errors(checkpoint: Path, content: bytes) -> None:
     (checkpoint / "report.json").write_bytes(content)
 
@@ -93,6 +97,37 @@ def test_the_command_prints_tables_for_people(checkpoint: Path) -> None:
     assert [cell.strip() for cell in rows[UP].split("│")[2:-1]] == ["64 x 32", "8", "row", "2.3", "", ""]
     assert "10 x 32" in rows["model.embed_tokens.weight"]
     assert "compressed-tensors pack-quantized" in result.stdout
+
+
+def test_the_salient_channels_are_shown_with_their_part_of_the_error_and_the_mean_of_the_modules(
+    checkpoint: Path,
+) -> None:
+    # given a report that knows the other module too: half of its error lies in one channel, and none is removed
+    other = Salience((7,), ChannelErrors(0.3, 0.3), ChannelErrors(0.06, 0.06))
+    layers = [LayerLoss(DOWN, "x", 0.25, 0.125, SALIENCE), LayerLoss(UP, "x", 0.25, 0.25, other)]
+    (checkpoint / "report.json").write_text(json.dumps({"layers": [asdict(layer) for layer in layers]}))
+
+    result = invoke(str(checkpoint), "--salience")
+
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert rows == [
+        [DOWN, "5, 40, 1, 2 and 2 more", "50.0 %", "12.5 %", "x 0.25", "2.0 %", "1.0 %"],
+        [UP, "7", "30.0 %", "30.0 %", "x 1.00", "6.0 %", "6.0 %"],
+        # the mean of the shares
+        ["mean", "", "40.0 %", "21.2 %", "x 0.53", "4.0 %", "3.5 %"],
+    ]
+
+
+def test_a_checkpoint_whose_report_names_no_salient_channels_says_what_to_do(checkpoint: Path) -> None:
+    (checkpoint / "report.json").unlink()
+
+    result = invoke(str(checkpoint), "--salience")
+
+    assert result.exit_code == 2
+    assert "has no report.json that says which channels are salient: quantize the model with this program" in (
+        result.stderr
+    )
 
 
 def test_the_command_prints_one_json_object_for_programs(checkpoint: Path) -> None:

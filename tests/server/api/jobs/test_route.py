@@ -91,7 +91,11 @@ def test_a_job_is_accepted_followed_and_found_succeeded(places: JobPlaces) -> No
             job = accepted.json()
             assert accepted.status_code == httpx.codes.ACCEPTED
             assert accepted.headers["location"] == f"/quantize/{job['id']}"
-            assert (job["object"], job["status"], job["output"]) == ("quantization.job", "queued", "succeed-awq-gptq-w4")
+            assert (job["object"], job["status"], job["output"]) == (
+                "quantization.job",
+                "queued",
+                "succeed-awq-gptq-w4",
+            )
             assert (job["bits"], job["group_size"], job["method"], job["calib"]) == (4, "auto", "awq+gptq", "self")
 
             # and a look at that place later finds it done

@@ -38,7 +38,7 @@ def prepare_checkpoint(gguf: Path, directory: Path, announce: Callable[[str], No
         return output
     announce(f"quantizing the demo model, which takes some minutes the first time; it is kept in {output}")
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "quant", "quantize", str(gguf), str(output), "--no-eval"]
+    command = [sys.executable, "-m", "quant", "quantize", str(gguf), str(output), "--method", "rtn", "--no-eval"]
     # its report is not ours: standard output is for the table
     returncode = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if returncode != 0 or not output.is_dir():

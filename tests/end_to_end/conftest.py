@@ -15,7 +15,8 @@ def quantized_demo(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The demo model as `awq-serve quantize` makes it, from little calibration text to save time."""
     output = tmp_path_factory.mktemp("quantized") / "SmolLM2-135M-Instruct-awq"
     command = [sys.executable, "-m", "quant", "quantize", str(demo_gguf), str(output)]
-    command += ["--calib-samples", "16", "--calib-seqlen", "256", "--no-eval", "--progress-format", "json"]
+    command += ["--method", "awq", "--calib-samples", "16", "--calib-seqlen", "128"]
+    command += ["--no-eval", "--progress-format", "json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return output
 

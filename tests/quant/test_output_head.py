@@ -15,7 +15,7 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.convert import convert
 from quant.dense_checkpoint import load_dense
 from quant.errors import RecipeError, SourceError
-from quant.evaluate import EvalOptions, evaluate_checkpoint
+from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint
 from quant.input_statistics import StatisticsSum
 from quant.method import STEPS, Method
 from quant.model_plan import HeadPlan
@@ -99,7 +99,7 @@ def test_what_was_measured_is_what_was_written(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model")
     report = quantize(replace(SEARCHED, num_windows=1), model, tmp_path / "out")
     assert report.held_out is not None
-    rows = evaluate_checkpoint(EvalOptions(tmp_path / "out", num_windows=1)).rows
+    rows = evaluate_checkpoint(EvalOptions(tmp_path / "out", windows=TextWindows(num_windows=1))).rows
     assert rows[-1].perplexity == pytest.approx(report.held_out.perplexity, rel=1e-3)
     # plain rounding of the head stands beside it, and leaves the embedding alone
     assert rows[1].mean_kl is not None

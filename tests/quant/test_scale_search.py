@@ -1,16 +1,21 @@
 """The scale search: never worse than plain rounding, better where channels differ, one scale for repeated heads."""
 
+import pytest
 import torch
 
+from kernels.layout import WHOLE_ROW
 from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly
 from quant.scale_search import (
     ChannelSpread,
     Grouping,
+    ScaleCandidate,
     SharedInput,
     output_error,
+    refine_salient,
     scale_candidates,
     search_scale,
+    signals_of,
 )
 
 GROUPING = Grouping(bits=4, group_size=32)
@@ -31,6 +36,26 @@ def weight_of(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
 
 
+def on_its_grid(num_features: int) -> torch.Tensor:
+    """A weight that plain rounding leaves as it is: every group holds all 16 codes, times 1."""
+    return torch.arange(16.0).repeat(8, num_features // 16)
+
+
+def loss_of(shared: SharedInput, scale: torch.Tensor, grouping: Grouping = GROUPING) -> float:
+    """The search's loss of a scale [C], from its definition, in float64."""
+    expanded, gram = shared.spread.expand(scale), shared.statistics.gram.double()
+    total = 0.0
+    for weight in shared.weights:
+        rounded = round_plainly(weight * expanded, grouping.group_size, grouping.bits) / expanded
+        error = output_error((weight - rounded).double(), gram).sum()
+        total += float(error / output_error(weight.double(), gram).sum())
+    return total
+
+
+def refined(shared: SharedInput, scale: torch.Tensor, grouping: Grouping = GROUPING) -> ScaleCandidate:
+    return refine_salient(ScaleCandidate("given", scale), shared, signals_of(shared), grouping)
+
+
 def test_the_gram_loss_is_the_error_on_the_inputs_themselves() -> None:
     inputs, difference = salient_inputs(96).double(), weight_of(5, 96).double()
     replayed = (inputs @ difference.T).square().mean(dim=0)
@@ -48,10 +73,9 @@ def test_large_input_channels_get_a_scale_that_lowers_the_loss() -> None:
 
 
 def test_the_identity_wins_where_no_scale_helps() -> None:
-    # every weight already lies on its group's grid: plain rounding is exact and nothing can be better
-    weight = torch.arange(16.0).repeat(8, 4)
+    # plain rounding is exact and nothing can be better
     choice = search_scale(
-        SharedInput([weight], statistics_of(salient_inputs(64)), ChannelSpread(width=64, repeats=1)), GROUPING
+        SharedInput([on_its_grid(64)], statistics_of(salient_inputs(64)), ChannelSpread(width=64, repeats=1)), GROUPING
     )
     assert choice.candidate.name == "identity"
     assert bool((choice.candidate.scale == 1).all())
@@ -89,3 +113,93 @@ def test_all_linears_of_an_input_count_in_its_scale() -> None:
         )
 
     assert loss(choice.candidate.scale) < loss(torch.ones(96))
+
+
+@pytest.mark.parametrize("channel_scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_refining_never_raises_the_loss(bits: int, channel_scale: float) -> None:
+    grouping = Grouping(bits, 32)
+    shared = SharedInput(
+        [weight_of(40, 192), weight_of(8, 192) * 100], statistics_of(salient_inputs(192)), ChannelSpread(192, 1)
+    )
+    scale = torch.ones(192)
+    scale[::17] = channel_scale
+    before = loss_of(shared, scale, grouping)
+    after = refined(shared, scale, grouping)
+    assert loss_of(shared, after.scale, grouping) <= before
+    if after.name == "given":
+        assert torch.equal(after.scale, scale)
+
+
+def test_refining_lowers_the_loss_where_a_salient_channel_wants_another_scale() -> None:
+    # given a weight on its grid, but for the scale of its one salient channel, which makes the group's range too wide
+    inputs = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    inputs[:, 31] *= 20
+    shared = SharedInput([on_its_grid(64)], statistics_of(inputs), ChannelSpread(64, 1))
+    scale = torch.ones(64)
+    scale[31] = 2
+    # when it is refined, then the channel's scale is halved and rounding is exact again
+    after = refined(shared, scale)
+    assert after.name == "given refined"
+    assert after.scale.tolist() == [1.0] * 64
+    assert loss_of(shared, scale) > 0
+    assert loss_of(shared, after.scale) == 0
+
+
+def test_refining_changes_salient_channels_only_and_each_by_half_at_most() -> None:
+    # 300 channels: three are salient
+    inputs = torch.randn(400, 320, generator=torch.Generator().manual_seed(1))
+    inputs[:, [5, 100, 250]] *= 20
+    shared = SharedInput([weight_of(40, 320)], statistics_of(inputs), ChannelSpread(320, 1))
+    factors = refined(shared, torch.ones(320)).scale
+    assert set(factors.ne(1).nonzero().flatten().tolist()) <= {5, 100, 250}
+    assert bool(factors.ne(1).any())
+    assert 0.5 <= float(factors.min()) <= float(factors.max()) <= 1.5
+
+
+def test_refining_keeps_a_scale_that_nothing_improves() -> None:
+    shared = SharedInput([on_its_grid(64)], statistics_of(salient_inputs(64)), ChannelSpread(64, 1))
+    candidate = ScaleCandidate("identity", torch.ones(64))
+    assert refine_salient(candidate, shared, signals_of(shared), GROUPING) is candidate
+
+
+def test_a_channel_of_a_repeated_head_is_refined_in_all_its_repeats() -> None:
+    # one value head of width 32 that two query heads read; its channel 31 has a scale that is twice too large
+    inputs = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    inputs[:, [31, 63]] *= 20
+    shared = SharedInput([on_its_grid(64)], statistics_of(inputs), ChannelSpread(width=32, repeats=2))
+    scale = torch.ones(32)
+    scale[31] = 2
+    after = refined(shared, scale)
+    assert after.scale.tolist() == [1.0] * 32
+    assert loss_of(shared, after.scale) == 0
+
+
+def test_refining_stays_finite_with_dead_channels_and_zero_weights() -> None:
+    inputs, weight = torch.zeros(50, 64), torch.zeros(8, 64)
+    weight[:, 32:] = weight_of(8, 32)
+    inputs[:, 40] = 1
+    for known in (statistics_of(inputs), statistics_of(torch.zeros(50, 64))):
+        shared = SharedInput([weight, torch.zeros(4, 64)], known, ChannelSpread(64, 1))
+        after = search_scale(shared, GROUPING).candidate
+        assert bool(torch.isfinite(after.scale).all())
+        assert float(after.scale.min()) > 0
+
+
+def test_one_scale_a_row_is_not_refined() -> None:
+    shared = SharedInput([weight_of(40, 96)], statistics_of(salient_inputs(96)), ChannelSpread(96, 1))
+    assert refined(shared, torch.ones(96), Grouping(4, WHOLE_ROW)).name == "given"
+
+
+def test_what_is_refined_on_a_sample_of_rows_is_kept_only_if_all_rows_lose_less() -> None:
+    # given many rows, of which the ranking sees every second one, and those that it doesn't see count far more
+    weight = weight_of(128, 96)
+    weight[1::2] *= 1000
+    shared = SharedInput([weight], statistics_of(salient_inputs(96)), ChannelSpread(96, 1))
+    sample = SharedInput([weight[::2]], shared.statistics, shared.spread)
+    # when the grid's choice is refined for the rows that are seen
+    grid = min(scale_candidates(shared, 32), key=lambda candidate: loss_of(sample, candidate.scale))
+    on_sample = refine_salient(grid, sample, signals_of(sample), GROUPING)
+    # then the choice is the better one by all rows
+    kept = search_scale(shared, GROUPING).candidate
+    assert loss_of(shared, kept.scale) <= min(loss_of(shared, grid.scale), loss_of(shared, on_sample.scale)) + 1e-9

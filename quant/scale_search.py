@@ -217,7 +217,7 @@ class _ScaleDescent:
         return groups.any(dim=-1, keepdim=True).expand_as(groups).flatten().nonzero().flatten()
 
     def _error_of(self, inputs: Tensor, scales: Tensor) -> Tensor:
-        """W - round(W s) / s at whole groups of inputs, for some scales of them [tries, inputs]: [tries, rows, inputs]."""
+        """W - round(W s) / s [tries, rows, inputs] of inputs that are whole groups, for scales [tries, inputs]."""
         weight, scales = self._weight[:, inputs], scales[:, None, :]
         return weight - round_plainly(weight * scales, self._grouping.group_size, self._grouping.bits) / scales
 

@@ -46,7 +46,8 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
     """Quantize the block of that name and index in place by the plan's steps, or plainly where that is better.
 
     Attention is quantized before what the MLP reads is looked at, and so on: each stage sees the error of the ones
-    before. Raises QuantizationError naming the module whose input is not finite.
+    before, and what adds to the stream that of all others of its stage. Raises QuantizationError naming the module
+    whose input is not finite.
     """
     pair = BlockPair(index, copy.deepcopy(block), block, streams)
     outputs = [run_block(pair.original, index, chunk) for chunk in streams.original]
@@ -58,12 +59,17 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
     results: dict[str, LayerResult] = {}
     channels: dict[str, LinearChannels] = {}
     for stage in stages_of(block, plan.groups):
-        statistics = _capture(pair, stage, plan, writers, token_weights)
+        waves = waves_of(stage, writers)
+        statistics = _capture(pair, waves, plan, writers, token_weights)
         for observed, inputs in statistics.inputs.items():
             check_finite(f"the input of {name}.{observed}", inputs.gram)
         channels |= describe_linears(block, stage, plan, statistics.inputs)
         folded = _fold(pair, stage, plan, statistics)
-        results |= round_folded(block, stage, plan, statistics, folded)
+        results |= round_folded(block, waves[0], plan, statistics, folded)
+        for wave in waves[1:]:
+            # what it reads, and the stream it adds to, have changed with what was rounded before it
+            changed = _capture(pair, [wave], plan, writers, token_weights).unscaled(folded[wave[0].observed].scale)
+            results |= round_folded(block, wave, plan, changed, folded)
     chosen_error = _change(run_block(block, index, sample).hidden, target, streams.original[0].hidden)
     plain = copy.deepcopy(pair.original)
     plain_packed = round_block_plainly(plain, plan)
@@ -133,19 +139,32 @@ def stages_of(block: nn.Module, groups: Sequence[ScaleGroup]) -> list[tuple[Scal
     return sorted(map(tuple, stages), key=lambda stage: min(places[name] for group in stage for name in group.linears))
 
 
+def waves_of(stage: Sequence[ScaleGroup], writers: Mapping[str, StreamWriter]) -> list[tuple[ScaleGroup, ...]]:
+    """The groups of a stage in sets that are rounded one after the other; at least one.
+
+    Each group with a linear that adds to the stream comes alone, after all that do not: it makes up for their rounding
+    errors as well, and no two make up for the same drift.
+    """
+    adding = [group for group in stage if writers.keys() & {*group.linears}]
+    others = tuple(group for group in stage if group not in adding)
+    return [wave for wave in (others, *((group,) for group in adding)) if wave]
+
+
 def _capture(
     pair: BlockPair,
-    stage: Sequence[ScaleGroup],
+    waves: Sequence[Sequence[ScaleGroup]],
     plan: BlockPlan,
     writers: Mapping[str, StreamWriter],
     token_weights: Sequence[Tensor],
 ) -> PairStatistics:
-    observed = {linear: group.observed for group in stage for linear in group.linears}
+    """What the first wave is corrected with, and what the scales of all waves are searched with."""
     if not plan.steps.correction:
-        names = list(dict.fromkeys(observed.values()))
+        names = list(dict.fromkeys(group.observed for wave in waves for group in wave))
         return PairStatistics(capture(pair.current, pair.index, pair.streams.current, names), {})
+    observed = {linear: group.observed for group in waves[0] for linear in group.linears}
     own = {linear: writer for linear, writer in writers.items() if linear in observed}
-    return capture_pair(pair, observed, own, token_weights)
+    later = [group.observed for wave in waves[1:] for group in wave]
+    return capture_pair(pair, observed, own, later, token_weights)
 
 
 def _fold(

@@ -37,6 +37,11 @@ class Moments:
         """The moments of every step-th row of the weight."""
         return Moments(self.gram, self.cross, None if self.drift is None else self.drift[::step])
 
+    def unscaled(self, scale: Tensor) -> "Moments":
+        """The moments of inputs Y before they were divided by scale [K]."""
+        drift = None if self.drift is None else self.drift * scale
+        return Moments(self.gram * (scale[:, None] * scale[None, :]), self.cross * scale, drift)
+
     def target(self, weight: Tensor) -> Tensor:
         """What a weight's outputs should be, against the inputs: (W X^T + E^T) Y [N, K]."""
         target = weight @ self.cross

@@ -4,7 +4,7 @@ Legend: K = in features of a linear, N = its out features, X = its inputs in the
 Y = its inputs in the model whose earlier layers are quantized [tokens, K].
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from quant.residual import BLOCK, StreamWriter
 MIN_EXPERT_TOKENS = 256
 # one token in so many tells how well a correction carries over to text that it was not fitted to
 HELD_OUT_SHARE = 4
+# of the median token's power: a state that is nearly 0 must not count for more than ten tokens
+SMALLEST_POWER_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,20 @@ class PairStatistics:
     inputs: Mapping[str, InputStatistics]
     moments: Mapping[str, SplitMoments]
 
+    def unscaled(self, scale: Tensor) -> "PairStatistics":
+        """The same of inputs before they were divided by scale [K] in the current stream; all are of that width."""
+        square = scale[:, None] * scale[None, :]
+        return PairStatistics(
+            inputs={
+                name: InputStatistics(entry.gram * square, entry.mean_magnitude * scale)
+                for name, entry in self.inputs.items()
+            },
+            moments={
+                name: SplitMoments(entry.fit.unscaled(scale), entry.held_out.unscaled(scale))
+                for name, entry in self.moments.items()
+            },
+        )
+
 
 class StatisticsSum:
     """Adds up the statistics of one linear's input."""
@@ -66,9 +82,9 @@ class StatisticsSum:
         self._magnitude = torch.zeros(num_features)
         self._num_tokens = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Count inputs [tokens, K]."""
-        self._gram.addmm_(rows.T, rows)
+    def add(self, rows: Tensor, weights: Tensor) -> None:
+        """Count inputs [tokens, K], in the gram by weights [tokens]."""
+        self._gram.addmm_((rows * weights[:, None]).T, rows)
         self._magnitude += rows.abs().sum(dim=0)
         self._num_tokens += len(rows)
 
@@ -139,18 +155,24 @@ def capture(
     sums = {name: _sum_for(block, name) for name in names}
     for chunk in inputs:
         for name, rows in observe(block, block_index, chunk, names).inputs.items():
-            sums[name].add(rows)
+            sums[name].add(rows, torch.ones(len(rows)))
     sums |= _show_all_tokens(block, block_index, inputs, sums)
     return {name: total.result() for name, total in sums.items()}
 
 
 def capture_pair(
-    pair: BlockPair, observed: Mapping[str, str], writers: Mapping[str, StreamWriter], token_weights: Sequence[Tensor]
+    pair: BlockPair,
+    observed: Mapping[str, str],
+    writers: Mapping[str, StreamWriter],
+    later: Collection[str],
+    token_weights: Sequence[Tensor],
 ) -> PairStatistics:
     """What linears read in both streams, and how far the stream has drifted where they add to it.
 
-    observed: by linear, the module where its input is observed. writers: those of the linears that add to the stream;
-    their inputs are weighted by token_weights, float32 [tokens] of each chunk, and those of the others are not.
+    observed: by linear, the module where its input is observed. writers: those of the linears that add to the stream.
+    later: modules that are observed in the current stream alone, for the search: what their linears are corrected with
+    is captured when the linears before are rounded. Inputs of what adds to the stream, now or later, are weighted by
+    token_weights, float32 [tokens] of each chunk, and the others are not.
     """
     block = pair.current
     names = [*dict.fromkeys(observed.values())]
@@ -161,20 +183,24 @@ def capture_pair(
     read = [*dict.fromkeys([*names, *(place for place in places if place != BLOCK)])]
     given = [*writers, *([BLOCK] if BLOCK in places else [])]
     routed = _routed_names(block)
-    alone = {name: _sum_for(block, name) for name in names if name in routed}
-    paired = {name: _pair_sum_for(block, name, own_writers[name]) for name in names if name not in routed}
+    alone = {name: _sum_for(block, name) for name in (*names, *later) if name in routed or name in later}
+    paired = {name: _pair_sum_for(block, name, own_writers[name]) for name in names if name not in alone}
     for original_chunk, chunk, weights in zip(pair.streams.original, pair.streams.current, token_weights, strict=True):
-        current = observe(block, pair.index, chunk, read, given)
-        original = observe(pair.original, pair.index, original_chunk, read, given)
+        current = observe(block, pair.index, chunk, {*read, *later}, given)
+        original = observe(pair.original, pair.index, original_chunk, {*paired, *read} - routed, given)
         for name, total in paired.items():
             drifts = {linear: _drift(linear, writer, original, current) for linear, writer in own_writers[name].items()}
             factors = weights if drifts else torch.ones_like(weights)
             total.add(original.inputs[name], current.inputs[name], factors, drifts)
         for name in alone.keys() & current.inputs.keys():
-            alone[name].add(current.inputs[name])
+            rows = current.inputs[name]
+            alone[name].add(rows, weights if name in later else torch.ones(len(rows)))
     alone |= _show_all_tokens(block, pair.index, pair.streams.current, alone)
     return PairStatistics(
-        inputs={name: paired[name].statistics() if name in paired else alone[name].result() for name in names},
+        inputs={
+            **{name: total.statistics() for name, total in paired.items()},
+            **{name: total.result() for name, total in alone.items()},
+        },
         moments={linear: paired[name].moments(linear) for linear, name in observed.items() if name in paired},
     )
 
@@ -186,7 +212,7 @@ def relative_weights(outputs: Sequence[BlockInput]) -> list[Tensor]:
     token, whose states are a thousand times larger in many models, would be all that the statistics show.
     """
     powers = [chunk.hidden.flatten(0, -2).float().square().sum(dim=-1) for chunk in outputs]
-    smallest = torch.finfo(torch.float32).tiny
+    smallest = SMALLEST_POWER_SHARE * torch.cat(powers).median() + torch.finfo(torch.float32).tiny
     weights = [1 / power.clamp(min=smallest) for power in powers]
     mean = torch.cat(weights).mean()
     return [weight / mean for weight in weights]
@@ -245,6 +271,7 @@ def _showing(expert: Expert, sums: Mapping[str, StatisticsSum]) -> Callable[[nn.
     def show(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         read = expert.inputs(arguments[0])
         for name, total in sums.items():
-            total.add(read[name].reshape(-1, read[name].shape[-1]).float())
+            rows = read[name].reshape(-1, read[name].shape[-1]).float()
+            total.add(rows, torch.ones(len(rows)))
 
     return show

@@ -32,7 +32,8 @@ class _InputCounter(nn.Module):
         self.total = StatisticsSum(num_features)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        self.total.add(hidden.reshape(-1, hidden.shape[-1]).float())
+        rows = hidden.reshape(-1, hidden.shape[-1]).float()
+        self.total.add(rows, torch.ones(len(rows)))
         return hidden
 
 

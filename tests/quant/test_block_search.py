@@ -25,6 +25,7 @@ from quant.rounding import GroupRange, full_range
 from quant.salience import channel_errors
 from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import IDENTITY, Grouping, ScaleChoice
+from tests.quant.tiny_families import VARIANTS, open_tiny
 from tests.tiny_models import save_tiny_model
 
 NAME = "model.layers.0"
@@ -156,3 +157,35 @@ def test_attention_is_quantized_before_the_mlp_and_scales_stay_with_what_they_fo
 def test_the_original_goes_on_beside_the_quantized_model_where_weights_are_corrected(subject: Subject) -> None:
     outcome = subject.search()
     torch.testing.assert_close(outcome.next_streams.original[0].hidden, subject.original_output)
+
+
+def drifted(inputs: list[BlockInput]) -> list[BlockInput]:
+    """The states with a disturbance that they themselves tell, as rounded blocks before would leave it."""
+    width = inputs[0].hidden.shape[-1]
+    mixing = 0.1 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    return [BlockInput(chunk.hidden + chunk.hidden @ mixing, chunk.contexts) for chunk in inputs]
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "falcon-7b", "opt", "qwen3-moe", "opt-350m"])
+def test_a_block_takes_back_what_the_stream_has_drifted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a block whose inputs have drifted, rounded so finely that the drift is all of its error
+    errors = {}
+    for corrected in (True, False):
+        model = open_tiny(next(variant for variant in VARIANTS if variant.name == name), tmp_path / str(corrected))
+        stack = find_blocks(model)
+        block_name, block = next(iter(stack.blocks.items()))
+        groups = groups_of(block, rows_of(model.config.model_type), model.config)
+        plan = BlockPlan(groups, Grouping(bits=8, group_size=32), STEPS[Method.AWQ_GPTQ])
+        if not corrected:
+            monkeypatch.setattr(quant.block_search, "find_stream_writers", lambda *_: {})
+        tokens = torch.randint(256, (16, 32), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            inputs = embed(stack, tokens)
+            outcome = search_block(block, block_name, 0, Streams(inputs, drifted(inputs)), plan)
+        pairs = zip(outcome.next_streams.original, outcome.next_streams.current, strict=True)
+        errors[corrected] = sum(float((x.hidden - y.hidden).square().sum()) for x, y in pairs)
+
+    # then what adds to the stream has put it right, once and not twice
+    assert errors[True] < 0.7 * errors[False]

@@ -103,6 +103,7 @@ def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: P
             pair,
             {"self_attn.o_proj": "self_attn.o_proj"},
             {"self_attn.o_proj": StreamWriter("post_attention_layernorm", 1.0)},
+            [],
             even,
         )
 
@@ -125,3 +126,11 @@ def test_a_token_counts_by_its_share_of_the_stream() -> None:
     assert float(weights.mean()) == pytest.approx(1.0)
     assert float(weights[1] / weights[0]) == pytest.approx(100.0)
     assert float(weights[1]) == pytest.approx(float(weights[2]))
+
+
+def test_a_state_of_nothing_does_not_drown_the_others() -> None:
+    # given a token whose state is 0, as that of an unused embedding
+    states = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    (weights,) = relative_weights([BlockInput(states, ())])
+    assert torch.isfinite(weights).all()
+    assert float(weights[0] / weights[1]) < 20

@@ -18,7 +18,7 @@ from quant.recipe import Recipe
 from tests.quant.tiny_families import EXPERTS, TOKENS, VARIANTS, Variant
 from tests.tiny_models import save_tiny_model
 
-AWQ = Recipe(num_samples=4, sample_tokens=32, num_windows=0)
+AWQ = Recipe(num_samples=16, sample_tokens=32, num_windows=0)
 RTN = Recipe(method=Method.RTN, num_windows=0)
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 PACKED = ("qweight", "qzeros", "scales")

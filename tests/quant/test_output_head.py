@@ -67,7 +67,7 @@ def test_every_method_loses_less_than_plain_rounding_on_what_the_head_reads(meth
     tokens = torch.arange(6 * 48).view(6, 48) * 11 % 256
     read = StatisticsSum(64)
     hook = source.model.get_submodule(HEAD).register_forward_pre_hook(
-        lambda _module, inputs: read.add(inputs[0].flatten(0, 1))
+        lambda _module, inputs: read.add(inputs[0].flatten(0, 1), torch.ones(tokens.numel()))
     )
     with torch.no_grad():
         source.model(tokens)

@@ -65,7 +65,8 @@ class FoldedGroup:
 class LayerResult:
     """A quantized linear: its packed weight, the formula of its scale, its relative output error, plain and now.
 
-    channel_errors: float32 [K], each input channel's part of the error now (salience.channel_errors).
+    channel_errors: float32 [K], each input channel's part of the error now (salience.channel_errors). All of it
+    is measured on the outputs as they were before scales were folded into the linear's rows.
     """
 
     packed: PackedWeight
@@ -140,15 +141,24 @@ def round_folded(
     for group in groups:
         choice, scale = folded[group.observed].choice, folded[group.observed].scale
         gram = statistics.inputs[group.observed].gram / (scale[:, None] * scale[None, :])
-        for name, signal, plain_loss in zip(group.linears, choice.signals, choice.plain_losses, strict=True):
+        numbers = zip(group.linears, choice.signals, choice.row_norms, choice.plain_losses, strict=True)
+        for name, signal, row_norms, plain_loss in numbers:
             weight = linear_of(block, name).weight.detach() / scale
             moments = statistics.moments.get(name)
             target = (weight if moments is None else correct(weight, moments)) * scale
             packed = store(block, name, find_codes(target, gram, plan.steps, plan.grouping_of(name)))
-            errors = channel_errors(target - dequantize(packed), gram)
+            # in the outputs' own size, as the signal is: a scale folded into the linear's rows had divided them
+            divisors = _row_divisors(row_norms, weight)
+            errors = channel_errors((target - dequantize(packed)) * divisors[:, None], gram)
             loss = float(errors.sum()) / max(signal, SMALLEST_SIGNAL)
             results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss, errors)
     return results
+
+
+def _row_divisors(row_norms: Tensor, weight: Tensor) -> Tensor:
+    """[N]: what the rows of weight [N, K], whose norms were row_norms, have been divided by; 1 for rows of zeros."""
+    norms = weight.norm(dim=1)
+    return torch.where(norms > 0, row_norms / norms, 1.0)
 
 
 def round_block_plainly(block: nn.Module, plan: BlockPlan) -> dict[str, PackedWeight]:

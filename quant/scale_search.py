@@ -75,10 +75,14 @@ class ScaleCandidate:
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The best candidate; and of every linear tr(W G W^T), and what it loses by plain rounding as a share of that."""
+    """The best candidate; and of every linear tr(W G W^T), and what it loses by plain rounding as a share of that.
+
+    row_norms: of every linear, the norms of its rows, float32 [N].
+    """
 
     candidate: ScaleCandidate
     signals: tuple[float, ...]
+    row_norms: tuple[Tensor, ...]
     plain_losses: tuple[float, ...]
 
 
@@ -131,7 +135,8 @@ def keep_unscaled(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
     signals = signals_of(shared)
     num_channels = shared.weights[0].shape[1] // shared.spread.repeats
     identity = ScaleCandidate(IDENTITY, torch.ones(num_channels))
-    return ScaleChoice(identity, signals, _losses(identity, shared, signals, grouping))
+    row_norms = tuple(weight.norm(dim=1) for weight in shared.weights)
+    return ScaleChoice(identity, signals, row_norms, _losses(identity, shared, signals, grouping))
 
 
 def scale_candidates(shared: SharedInput, group_size: int) -> Iterator[ScaleCandidate]:

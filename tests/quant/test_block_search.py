@@ -24,7 +24,7 @@ from quant.model_structure import find_blocks
 from quant.rounding import GroupRange, full_range
 from quant.salience import channel_errors
 from quant.scale_groups import linear_of, rows_of
-from quant.scale_search import IDENTITY, Grouping, ScaleChoice
+from quant.scale_search import IDENTITY, Grouping, ScaleChoice, output_error
 from tests.quant.tiny_families import VARIANTS, open_tiny
 from tests.tiny_models import save_tiny_model
 
@@ -66,23 +66,43 @@ def is_plain(subject: Subject, outcome: BlockOutcome) -> bool:
     )
 
 
-def test_each_layer_says_what_its_salient_channels_make_of_the_error(subject: Subject) -> None:
-    # given the method that moves no weight towards another target
-    name, original = "self_attn.q_proj", copy.deepcopy(subject.block)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("self_attn.q_proj", "input_layernorm.weight"),
+        # the next linears' scales are folded into the rows of these
+        ("self_attn.v_proj", "input_layernorm.weight"),
+        ("mlp.up_proj", "post_attention_layernorm.weight"),
+    ],
+)
+def test_each_layer_says_what_it_and_its_salient_channels_make_of_the_error(
+    name: str, norm: str, subject: Subject
+) -> None:
+    # given the method that moves no weight towards another target, and a bias of ones, which is divided as the rows are
+    linear_of(subject.block, name).bias = nn.Parameter(torch.ones(len(linear_of(subject.block, name).weight)))
+    original = copy.deepcopy(subject.block)
     subject = replace(subject, plan=replace(subject.plan, steps=STEPS[Method.AWQ]))
 
     outcome = subject.search()
 
-    # then the shares are those of a weight whose scale is taken out again: the norm before it was divided by it
+    # then the shares are those of a weight whose scales are taken out again: the norm before it was divided by its own
     with torch.no_grad():
-        known = capture(original, 0, subject.inputs, [name])[name]
-        weight, norm = linear_of(original, name).weight, original.get_parameter("input_layernorm.weight")
-        scale = norm / subject.block.get_parameter("input_layernorm.weight")
-        plain = channel_errors(weight - dequantize(subject.plain[name]), known.gram)
-        written = channel_errors(weight - dequantize(outcome.packed[name]) / scale, known.gram)
+        weight, scale = (
+            linear_of(original, name).weight,
+            original.get_parameter(norm) / subject.block.get_parameter(norm),
+        )
+        rows = 1 / linear_of(subject.block, name).bias
+        known = capture(subject.block, 0, subject.inputs, [name])[name]
+        gram = known.gram * scale[:, None] * scale
+        signal = output_error(weight, gram).sum()
+        plain = channel_errors(weight - dequantize(subject.plain[name]), gram)
+        written = channel_errors(weight - rows[:, None] * dequantize(outcome.packed[name]) / scale, gram)
     # 1 % of 64 channels is one
-    most = int(known.mean_magnitude.argmax())
-    salience = next(layer.salience for layer in outcome.layers if layer.name == f"{NAME}.{name}")
+    most = int((known.mean_magnitude * scale).argmax())
+    layer = next(layer for layer in outcome.layers if layer.name == f"{NAME}.{name}")
+    salience = layer.salience
+    assert layer.plain == pytest.approx(float(plain.sum() / signal), rel=1e-3)
+    assert layer.chosen == pytest.approx(float(written.sum() / signal), rel=1e-2)
     assert salience is not None
     assert salience.channels == (most,)
     assert salience.by_magnitude.plain == pytest.approx(float(plain[most] / plain.sum()), rel=1e-3)

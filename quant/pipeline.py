@@ -119,13 +119,14 @@ def quantize(
 def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None) -> Report:
     specs = planned_modules(job.source.model, job.plan)
     blocks = {name: specs[name] for name in job.plan.block_groupings()}
+    stored = stored_modules(job.source.model, [layer.name for layer in numbers.layers])
     return Report(
         source=recorded_name(job.source.path),
         recipe=job.recipe,
         group_size=job.plan.grouping.group_size,
         mixture=() if job.recipe.target_bpw is None else shares_of(blocks.values()),
         calibration=numbers.calibration,
-        layers=numbers.layers,
+        layers=tuple(replace(layer, name=stored[layer.name]) for layer in numbers.layers),
         blocks=numbers.blocks,
         held_out=held_out,
         bits_per_weight=bits_per_weight(blocks.values()),

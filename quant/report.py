@@ -19,7 +19,8 @@ REPORT_FILE = "report.json"
 class LayerLoss:
     """A linear's output error as a share of its output, on the calibration text: rounded plainly, and as written.
 
-    salience: the input channels that matter most and their part in the error.
+    name: the linear's full name, in a report that of the checkpoint. salience: the input channels that matter most and
+    their part in the error.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Every family from a source directory to a checkpoint and back: names, what is quantized, how near the result is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
 from quant.errors import CheckpointError, SourceError
 from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint
+from quant.inspect_checkpoint import inspect_checkpoint
 from quant.method import Method
 from quant.pipeline import quantize
 from quant.recipe import Recipe
@@ -93,6 +95,19 @@ def test_experts_are_quantized_one_by_one_and_routers_are_not(name: str, tmp_pat
     assert f"model.layers.1.{expert}.qweight" in reader.tensor_names
     shared = 3 if name == "qwen2-moe" else 0
     assert len(reader.quantized_module_names) == 2 * (4 + 3 * 4 + shared)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3-with-vision"])
+def test_the_errors_in_the_report_are_found_under_the_names_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    # given a family whose checkpoints call linears otherwise than the model does
+    open_dense(BY_NAME[name], tmp_path / "model")
+
+    report = quantize(replace(AWQ, lm_head=4), tmp_path / "model", tmp_path / "awq")
+
+    modules = inspect_checkpoint(tmp_path / "awq").quantized
+    assert {layer.name for layer in report.layers} == {module.name for module in modules}
+    assert all(module.error is not None and module.plain_error is not None for module in modules)
+    assert all(module.salience is not None for module in modules if not module.name.endswith("lm_head"))
 
 
 def test_the_checkpoint_of_a_mixture_of_experts_is_evaluated_beside_its_plain_rounding(tmp_path: Path) -> None:

@@ -70,6 +70,13 @@ def test_kept_predictions_stay_within_their_bound(source: SourceModel, monkeypat
     assert [logits.shape for logits in kept.logits] == [(511, VOCAB_SIZE)]
 
 
+def test_a_window_is_no_longer_than_the_models_context(tmp_path: Path) -> None:
+    short = open_source(save_tiny_model("llama", tmp_path / "model", config_overrides={"max_position_embeddings": 40}))
+    with torch.no_grad():
+        kept = predict_held_out(short.model, short.tokenizer, 2, METER)
+    assert kept.windows.shape == (2, 40)
+
+
 def test_an_original_that_predicts_no_numbers_is_refused(tmp_path: Path) -> None:
     broken = open_source(save_tiny_model("llama", tmp_path / "model"))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from quant.errors import QuantizationError
+from quant.errors import QualityError
 from quant.evaluate import QualitySums, TextWindows, cut_windows, predict
 from quant.progress import ProgressMeter
 from quant.report import HeldOutQuality
@@ -66,11 +66,12 @@ def measure_held_out(kept: KeptPredictions, model: PreTrainedModel, meter: Progr
 
 
 def check_quality(quality: HeldOutQuality, max_kl: float | None) -> None:
-    """Raises QuantizationError when the mean KL is higher than the recipe allows."""
+    """Raises QualityError when the mean KL is higher than the recipe allows."""
     if max_kl is not None and quality.mean_kl > max_kl:
-        raise QuantizationError(
+        raise QualityError(
             f"the mean KL to the original is {quality.mean_kl:.5f} nats on held-out text, and at most {max_kl:g} is "
-            "allowed (--max-kl), so nothing was written; try more calibration samples or a smaller group size"
+            "allowed (--max-kl), so no checkpoint was written; what is finished is kept, and the same command with a "
+            "higher bound goes on there; or try more calibration samples or a smaller group size"
         )
 
 

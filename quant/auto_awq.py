@@ -145,8 +145,8 @@ class ModelToQuantize:
         if tokenizer is not None:
             self._check_tokenizer(tokenizer)
         recipe = Recipe(
-            bits=_integer(config, "w_bit", Recipe.bits),
-            group_size=_integer(config, "q_group_size", 0) or None,
+            bits=_integer(config, "w_bit") if "w_bit" in config else Recipe.bits,
+            group_size=_integer(config, "q_group_size") if "q_group_size" in config else None,
             calibration=self._calibration(calib_data),
             num_samples=max_calib_samples,
             sample_tokens=max_calib_seq_len,
@@ -230,8 +230,8 @@ def _merge(config: Mapping[str, object], keywords: Mapping[str, object]) -> dict
     return merged
 
 
-def _integer(config: Mapping[str, object], name: str, default: int) -> int:
-    value = config.get(name, default)
+def _integer(config: Mapping[str, object], name: str) -> int:
+    value = config[name]
     if not isinstance(value, int) or isinstance(value, bool):
         raise RecipeError(f"quantize({name}={value!r}): it must be a whole number")
     return value

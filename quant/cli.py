@@ -73,7 +73,7 @@ def quantize_command(
 
         awq-serve quantize ./model ./model-mixed --target-bpw 4.5 --lm-head 8
     """
-    with exit_codes(progress_format):
+    with exit_codes(progress_format, output):
         recipe = Recipe(
             method=method,
             bits=bits,

@@ -7,6 +7,7 @@ QuantError
 │   └── WriteError     writing failed on the way, as on a disk that others filled meanwhile
 ├── CheckpointError    a file of a checkpoint is missing, truncated, inconsistent or of an unknown format
 └── QuantizationError  the computation gave a result that must not be written (not finite, fold not exact)
+    └── QualityError   the result is worse than the recipe allows; another bound may allow it
 """
 
 
@@ -38,6 +39,10 @@ class CheckpointError(QuantError):
 
 class QuantizationError(QuantError):
     exit_code = 1
+
+
+class QualityError(QuantizationError):
+    pass
 
 
 class Terminated(KeyboardInterrupt):

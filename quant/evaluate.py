@@ -25,7 +25,7 @@ from quant.overflow import first_not_finite
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.report import REPORT_FILE
 from quant.rounding import round_plainly
-from quant.source import open_source
+from quant.source import context_tokens, open_source
 
 # prose and code written for this program and used nowhere else, so no calibration has seen it
 HELD_OUT_TEXT = Path(__file__).parent / "held_out.txt"
@@ -61,6 +61,14 @@ class TextWindows:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+    def check_context(self, context_tokens: int | None) -> None:
+        """Raises RecipeError when a window is longer than what the model reads at once (None: any number of tokens)."""
+        if context_tokens is not None and self.window_tokens > context_tokens:
+            raise RecipeError(
+                f"windows have {self.window_tokens} tokens, and this model reads at most {context_tokens} at once "
+                f"(max_position_embeddings); use --window-tokens {context_tokens} or less"
+            )
 
     @property
     def origin(self) -> str:
@@ -152,6 +160,7 @@ def evaluate_checkpoint(options: EvalOptions, listener: ProgressListener = ignor
     if reader.meta is None:
         raise CheckpointError(f"{options.checkpoint} is not quantized; there is nothing to compare")
     source = open_source(resolve_model(options.against or _recorded_source(options.checkpoint)))
+    options.windows.check_context(context_tokens(source.config))
     windows = cut_windows(source.tokenizer, options.windows.read(), options.windows)
     meter.report("load", 1, 3)
     quantized = load_dense(options.checkpoint)

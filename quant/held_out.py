@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from quant.errors import QuantizationError
+from quant.errors import QualityError
 from quant.evaluate import QualitySums, TextWindows, cut_windows, predict
 from quant.progress import ProgressMeter
 from quant.report import HeldOutQuality
+from quant.source import context_tokens
 
-# as short as tells the models apart: `awq-serve eval` measures longer
+# as short as tells the models apart: `awq-serve eval` measures longer; a model with a shorter context gets its own
 WINDOW_TOKENS = 512
 # what the kept predictions may take: two windows of a vocabulary of 256 thousand
 MAX_KEPT_BYTES = 2**30
@@ -35,11 +36,14 @@ def predict_held_out(
 ) -> KeptPredictions:
     """Keep the model's predictions on windows of the text that ships here: fewer where the vocabulary is very large.
 
+    A window is no longer than the model's context.
+
     Raises QuantizationError when a prediction is not finite.
     """
-    window_bytes = (WINDOW_TOKENS - 1) * model.config.vocab_size * torch.float32.itemsize
+    window_tokens = min(WINDOW_TOKENS, context_tokens(model.config) or WINDOW_TOKENS)
+    window_bytes = (window_tokens - 1) * model.config.vocab_size * torch.float32.itemsize
     num_kept = min(num_windows, max(1, MAX_KEPT_BYTES // window_bytes))
-    options = TextWindows(num_windows=num_kept, window_tokens=WINDOW_TOKENS)
+    options = TextWindows(num_windows=num_kept, window_tokens=window_tokens)
     windows = cut_windows(tokenizer, options.read(), options)
     return KeptPredictions(windows, tuple(_predict_all("original", model, windows, meter)))
 
@@ -62,11 +66,12 @@ def measure_held_out(kept: KeptPredictions, model: PreTrainedModel, meter: Progr
 
 
 def check_quality(quality: HeldOutQuality, max_kl: float | None) -> None:
-    """Raises QuantizationError when the mean KL is higher than the recipe allows."""
+    """Raises QualityError when the mean KL is higher than the recipe allows."""
     if max_kl is not None and quality.mean_kl > max_kl:
-        raise QuantizationError(
+        raise QualityError(
             f"the mean KL to the original is {quality.mean_kl:.5f} nats on held-out text, and at most {max_kl:g} is "
-            "allowed (--max-kl), so nothing was written; try more calibration samples or a smaller group size"
+            "allowed (--max-kl), so no checkpoint was written; what is finished is kept, and the same command with a "
+            "higher bound goes on there; or try more calibration samples or a smaller group size"
         )
 
 

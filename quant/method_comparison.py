@@ -27,7 +27,7 @@ from quant.pipeline import quantize
 from quant.progress import ProgressListener, ProgressMeter, ignore_progress
 from quant.recipe import Recipe
 from quant.report import Report
-from quant.source import open_source
+from quant.source import context_tokens, open_source
 
 # what people call the original in a list of methods
 UNQUANTIZED = "fp"
@@ -97,13 +97,17 @@ def compare_methods(options: ComparisonOptions, listener: ProgressListener = ign
     if options.keep is not None:
         check_place(options.keep)
     text = options.windows.read()
-    for recipe in (replace(options.recipe, method=method) for method in options.methods):
+    recipes = [replace(options.recipe, method=method) for method in options.methods]
+    for recipe in recipes:
         # a text that is not there is told before the methods that need none have run
         if recipe.steps.calibrates:
             read_texts(recipe)
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
     source = open_source(options.source)
+    for recipe in recipes:
+        recipe.within_context(context_tokens(source.config))
+    options.windows.check_context(context_tokens(source.config))
     windows = cut_windows(source.tokenizer, text, options.windows)
     meter.report("load", 1, 1)
     original = _measure({ORIGINAL: source.model}, windows, meter)[0]

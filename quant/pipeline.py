@@ -35,7 +35,7 @@ from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import linear_of
 from quant.sensitivity import measure_sensitivity, mixture_of
-from quant.source import SourceModel, open_source
+from quant.source import SourceModel, context_tokens, open_source
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def quantize(
     `out` appears whole or not at all. A run that was killed, or whose disk filled up, goes on after the last block it
     finished when the same is asked for again; on_notice hears so, in sentences. Raises RecipeError, SourceError,
     OutputError or CheckpointError for bad input before the long work starts, QuantizationError when a result is not
-    finite.
+    finite, or worse than the recipe allows.
     """
     start_s = time.monotonic()
     check_place(out)
@@ -87,6 +87,7 @@ def quantize(
     meter.report("load", 0, 1)
     source = open_source(source_path)
     meter.report("load", 1, 1)
+    recipe = recipe.within_context(context_tokens(source.config))
     plan = plan_model(recipe, source.model)
     planned = planned_modules(source.model, plan)
     check_fits(recipe.output_format, planned)
@@ -313,7 +314,7 @@ def _write_plain(job: Job, name: str, tensor: Tensor) -> None:
 def _measuring(job: Job) -> Callable[[], HeldOutQuality | None]:
     """Keeps what the original expects; to be called when the model is quantized. It gives None where nothing is asked.
 
-    The call raises QuantizationError when the result is worse than the recipe allows.
+    The call raises QualityError when the result is worse than the recipe allows.
     """
     if job.recipe.num_windows == 0:
         return lambda: None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.layout import SUPPORTED_BITS, WHOLE_ROW
 from quant.calibration_mix import SELF_CALIBRATION, parse_mix, row_counts
@@ -31,7 +31,7 @@ class Recipe:
     format: how the checkpoint is written; None means AWQ where it holds what is asked for, else compressed-tensors.
     calibration: "self" (the model writes its own text), a preset, a file's path, a hub data set, or a mix of them with
     shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each; None means
-    what the method gains from.
+    what the method gains from, in rows no longer than the model's context.
     num_windows: the result is measured on so many windows of the text that ships with the program; 0 measures nothing.
     max_kl: a result whose mean KL to the original is higher, in nats, is refused; None refuses none.
     target_bpw: what the blocks' linears take on average, in bits a weight with scales and zero points, at most; each
@@ -122,6 +122,21 @@ class Recipe:
         return (
             self.steps.num_samples if self.num_samples is None else self.num_samples,
             self.steps.sample_tokens if self.sample_tokens is None else self.sample_tokens,
+        )
+
+    def within_context(self, context_tokens: int | None) -> "Recipe":
+        """For a model that reads so many tokens at once (None: any number): the default row is cut to them.
+
+        Raises RecipeError when longer rows are asked for.
+        """
+        sample_tokens = self.calibration_shape[1]
+        if not self.steps.calibrates or context_tokens is None or sample_tokens <= context_tokens:
+            return self
+        if self.sample_tokens is None:
+            return replace(self, sample_tokens=context_tokens)
+        raise RecipeError(
+            f"calibration tokens is {sample_tokens}, and this model reads at most {context_tokens} at once "
+            f"(max_position_embeddings); use --calib-seqlen {context_tokens} or less"
         )
 
     @property

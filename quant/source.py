@@ -126,6 +126,12 @@ def open_source(path: Path) -> SourceModel:
     return _load(path, path, gguf_file=None)
 
 
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model reads at once, at most; None where its config sets no limit."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_directory(path: Path) -> None:
     """What can be said of a model directory before its weights are read; raises what open_source does."""
     reader = CheckpointReader.open(path)
@@ -178,8 +184,7 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
     _check_token_ids(path, model)
     linearize_experts(model)
     # transformers' default is 1e30, which would be written into the checkpoint
-    longest = getattr(config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context_tokens(config) or tokenizer.model_max_length)
     return SourceModel(model=model, tokenizer=tokenizer, config=model.config, path=path)
 
 

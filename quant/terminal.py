@@ -4,11 +4,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 
 import typer
 from rich.console import Console
 
 from kernels.layout import WHOLE_ROW
+from quant.checkpoint.writer import has_finished_work
 from quant.errors import QuantError, RecipeError, Terminated
 from quant.progress import JsonLines
 from quant.recipe import AUTO, GROUP_SIZES, ROW
@@ -25,15 +27,20 @@ class ProgressFormat(StrEnum):
 
 
 @contextmanager
-def exit_codes(progress_format: ProgressFormat) -> Iterator[None]:
-    """Bad input and failures become one sentence and an exit code; anything else is a bug and keeps its traceback."""
+def exit_codes(progress_format: ProgressFormat, out: Path | None = None) -> Iterator[None]:
+    """Bad input and failures become one sentence and an exit code; anything else is a bug and keeps its traceback.
+
+    out: where a run writes whose finished work outlives a termination; None where no work does.
+    """
     try:
         yield
     except QuantError as error:
         _tell_failure(str(error), progress_format)
         raise typer.Exit(error.exit_code) from error
     except Terminated as error:
-        _tell_failure("terminated; the same command goes on with what was finished", progress_format)
+        is_kept = out is not None and has_finished_work(out)
+        sentence = "terminated; the same command goes on with what was finished" if is_kept else "terminated"
+        _tell_failure(sentence, progress_format)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     except KeyboardInterrupt as error:
         _tell_failure("interrupted; nothing was written", progress_format)

@@ -29,7 +29,7 @@ class WorkFolder:
         new_parents = tuple(folder for folder in out.parents if not folder.exists())
         out.parent.mkdir(parents=True, exist_ok=True)
         accepted = None
-        for path in sorted(out.parent.glob(f"{glob.escape(_prefix(out))}*")):
+        for path in folders_for(out):
             lock = _try_lock(path) if path.is_dir() else None
             if lock is None:
                 continue
@@ -64,6 +64,11 @@ class WorkFolder:
                 folder.rmdir()
             except OSError:
                 return
+
+
+def folders_for(out: Path) -> list[Path]:
+    """The hidden folders that runs made for `out` and that are there now, by name."""
+    return sorted(out.parent.glob(f"{glob.escape(_prefix(out))}*"))
 
 
 def flush_to_disk(path: Path) -> None:

@@ -20,16 +20,16 @@ from quant.checkpoint.output_format import ENCODERS, OutputFormat, quantization_
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.stored_module import PackedSpec, spec_of
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
-from quant.checkpoint.work_folder import WorkFolder, flush_to_disk
-from quant.errors import OutputError, Terminated, WriteError
+from quant.checkpoint.work_folder import WorkFolder, flush_to_disk, folders_for
+from quant.errors import OutputError, QualityError, Terminated, WriteError
 
 # a shard is held in memory until it is written, and many tools read a checkpoint shard by shard
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 # in the hidden folder: what becomes the checkpoint, and what is finished for a later run to go on with
 CHECKPOINT_FOLDER = "checkpoint"
 FINISHED_FOLDER = "finished"
-# after these the same run can succeed later; after any other error it would fail again
-PASSING_ERRORS = (WriteError, Terminated)
+# after these a run of the same blocks can succeed later; after any other error it would fail again
+PASSING_ERRORS = (WriteError, Terminated, QualityError)
 
 
 def accept_none(_finished: Path) -> bool:
@@ -40,7 +40,8 @@ def accept_none(_finished: Path) -> bool:
 class CheckpointWriter:
     """Use as a context manager: leaving it without `commit` removes everything that was written.
 
-    But what `save_finished` wrote outlives a full disk, a termination and a kill, and a later writer may accept it.
+    But what `save_finished` wrote outlives a full disk, a refused quality, a termination and a kill, and a later writer
+    may accept it.
     `directory` is where the checkpoint grows, in the hidden folder; `finished`, beside it, what was saved.
     """
 
@@ -229,6 +230,11 @@ def check_place(out: Path) -> None:
         raise OutputError(f"{out} cannot be written: {parent} is no directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{out} cannot be written: no permission to write in {parent}")
+
+
+def has_finished_work(out: Path) -> bool:
+    """Whether a run for `out` that ended early left finished work beside it."""
+    return any((folder / FINISHED_FOLDER).is_dir() for folder in folders_for(out.absolute()))
 
 
 def _unnumbered(number: int) -> str:

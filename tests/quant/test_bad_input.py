@@ -137,6 +137,10 @@ def test_a_model_that_calls_its_head_its_own_and_has_none_is_refused(model: Path
         (("--target-bpw", "4.1"), "the target is 4.1 bits per weight; with 4 bits a code or more"),
         (("--target-bpw", "5", "--format", "awq"), "the AWQ gemm format holds 4 bits only; use --format compressed"),
         (("--lm-head", "5"), "lm head is 5; supported: 8, 4, or left alone"),
+        (
+            ("--calib-seqlen", "513"),
+            "reads at most 512 at once (max_position_embeddings); use --calib-seqlen 512 or less",
+        ),
         (("--max-kl", "0"), "the highest KL is 0.0; it must be a number of nats above 0"),
         (("--max-kl", "nan"), "the highest KL is nan; it must be"),
         (("--max-kl", "1", "--no-eval"), "but nothing is measured"),
@@ -191,7 +195,18 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(model: Path) -> None:
 
 def test_a_result_worse_than_allowed_is_not_written(model: Path) -> None:
     result = run(model, "--max-kl", "1e-6")
-    check_refused(result, model, FAILED, "nats on held-out text, and at most 1e-06 is allowed (--max-kl)")
+    assert result.exit_code == FAILED
+    assert (
+        "nats on held-out text, and at most 1e-06 is allowed (--max-kl), so no checkpoint was written" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+    assert not (model.parent / "out").exists()
+
+    # and with another bound the same command goes on with the blocks it refused
+    result = run(model, "--max-kl", "5")
+    assert result.exit_code == 0, result.output
+    assert "resuming after the last of 2" in result.stderr
+    assert {path.name for path in model.parent.iterdir()} == {"model", "out"}
 
 
 def test_a_result_as_good_as_allowed_is_written(model: Path) -> None:

@@ -38,7 +38,9 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model("llama", tmp_path_factory.mktemp("source") / "model")
+    # with room for a calibration row that takes minutes to write
+    overrides = {"max_position_embeddings": 1_000_000}
+    return save_tiny_model("llama", tmp_path_factory.mktemp("source") / "model", config_overrides=overrides)
 
 
 def test_json_progress_is_one_event_a_line_and_ends_with_the_report(model: Path, tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_bad_input_is_a_failed_event_for_programs(tmp_path: Path) -> None:
     ("number", "sentence"),
     [
         (signal.SIGINT, "interrupted; nothing was written"),
-        (signal.SIGTERM, "terminated; the same command goes on with what was finished"),
+        (signal.SIGTERM, "terminated"),
     ],
 )
 def test_a_run_that_is_stopped_before_anything_is_finished_removes_what_it_wrote(

@@ -172,3 +172,8 @@ def test_a_text_shorter_than_a_window_is_refused_with_the_numbers(checkpoint: Pa
 def test_windows_that_measure_nothing_are_refused(sizes: tuple[int, int]) -> None:
     with pytest.raises(RecipeError, match="at least"):
         TextWindows(num_windows=sizes[0], window_tokens=sizes[1])
+
+
+def test_windows_longer_than_the_models_context_are_refused_with_the_limit(checkpoint: Path) -> None:
+    with pytest.raises(RecipeError, match=r"windows have 513 tokens, .* use --window-tokens 512 or less"):
+        evaluate_checkpoint(EvalOptions(checkpoint, windows=TextWindows(num_windows=1, window_tokens=513)))

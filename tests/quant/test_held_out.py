@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quant import held_out
-from quant.errors import QuantizationError
+from quant.errors import QualityError, QuantizationError
 from quant.held_out import KeptPredictions, check_quality, measure_held_out, predict_held_out
 from quant.progress import ProgressMeter, ignore_progress
 from quant.report import HeldOutQuality
@@ -70,6 +70,13 @@ def test_kept_predictions_stay_within_their_bound(source: SourceModel, monkeypat
     assert [logits.shape for logits in kept.logits] == [(511, VOCAB_SIZE)]
 
 
+def test_a_window_is_no_longer_than_the_models_context(tmp_path: Path) -> None:
+    short = open_source(save_tiny_model("llama", tmp_path / "model", config_overrides={"max_position_embeddings": 40}))
+    with torch.no_grad():
+        kept = predict_held_out(short.model, short.tokenizer, 2, METER)
+    assert kept.windows.shape == (2, 40)
+
+
 def test_an_original_that_predicts_no_numbers_is_refused(tmp_path: Path) -> None:
     broken = open_source(save_tiny_model("llama", tmp_path / "model"))
     with torch.no_grad():
@@ -82,5 +89,5 @@ def test_a_result_worse_than_allowed_is_refused_with_the_measured_number() -> No
     quality = HeldOutQuality(10.0, 12.0, 0.25, 0.8, 2, 512)
     check_quality(quality, None)
     check_quality(quality, 0.25)
-    with pytest.raises(QuantizationError, match=r"mean KL to the original is 0\.25000 nats .* at most 0\.2 is allowed"):
+    with pytest.raises(QualityError, match=r"mean KL to the original is 0\.25000 nats .* at most 0\.2 is allowed"):
         check_quality(quality, 0.2)

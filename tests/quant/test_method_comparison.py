@@ -3,6 +3,7 @@
 import gc
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,26 @@ def test_a_method_that_there_is_not_is_refused_with_those_there_are(text: str) -
     with pytest.raises(RecipeError, match="is no method; choose from fp, ") as refusal:
         parse_methods(text)
     assert all(method.value in str(refusal.value) for method in Method)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "windows", "sentence"),
+    [
+        (replace(SMALL, sample_tokens=513), WINDOWS, "calibration tokens is 513, .* use --calib-seqlen 512 or less"),
+        (SMALL, replace(WINDOWS, window_tokens=513), "windows have 513 tokens, .* use --window-tokens 512 or less"),
+    ],
+    ids=["rows", "windows"],
+)
+def test_text_longer_than_the_models_context_is_told_before_any_method_runs(
+    model: Path, recipe: Recipe, windows: TextWindows, sentence: str
+) -> None:
+    heard: list[str] = []
+    with pytest.raises(RecipeError, match=sentence):
+        compare_methods(
+            ComparisonOptions(model, (Method.RTN, Method.AWQ), recipe, windows),
+            lambda phase, done, total, seconds_left: heard.append(phase),
+        )
+    assert set(heard) == {"load"}
 
 
 def test_a_calibration_text_that_is_not_there_is_told_before_any_method_runs(model: Path, tmp_path: Path) -> None:

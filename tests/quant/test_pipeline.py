@@ -17,6 +17,7 @@ from quant.method import Method
 from quant.pipeline import quantize
 from quant.recipe import Recipe
 from quant.report import REPORT_FILE
+from tests.quant.tiny_families import VARIANTS
 from tests.tiny_models import TINY_MODEL_TYPES, save_tiny_model
 
 AWQ = Recipe(method=Method.AWQ, num_samples=6, sample_tokens=48, num_windows=0)
@@ -173,3 +174,17 @@ def test_a_quantized_model_is_no_source(tmp_path: Path) -> None:
     quantize(RTN, save_tiny_model("llama", tmp_path / "model"), tmp_path / "rtn")
     with pytest.raises(SourceError, match="quantized already"):
         quantize(RTN, tmp_path / "rtn", tmp_path / "again")
+
+
+def test_a_model_with_a_short_context_is_calibrated_and_measured_within_it(tmp_path: Path) -> None:
+    # given learned positions, of which there are 40 and no more
+    overrides = {**next(variant.fields for variant in VARIANTS if variant.name == "opt"), "max_position_embeddings": 40}
+    original = save_tiny_model("opt", tmp_path / "model", config_overrides=overrides)
+
+    report = quantize(Recipe(num_samples=4), original, tmp_path / "awq")
+
+    assert report.recipe.sample_tokens == 40
+    assert report.calibration is not None
+    assert report.calibration.num_tokens == 4 * 40
+    assert report.held_out is not None
+    assert report.held_out.window_tokens == 40

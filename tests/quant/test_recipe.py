@@ -5,6 +5,7 @@ import pytest
 from kernels.layout import WHOLE_ROW
 from quant.checkpoint.output_format import OutputFormat
 from quant.errors import RecipeError
+from quant.method import Method
 from quant.recipe import Recipe, choose_group_size
 
 
@@ -62,3 +63,22 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_would_fit() 
 def test_a_model_that_no_group_size_fits_is_refused() -> None:
     with pytest.raises(RecipeError, match="no supported group size fits"):
         choose_group_size(None, {"layers.0.q": 100})
+
+
+@pytest.mark.parametrize(("context", "expected"), [(None, 512), (2048, 512), (512, 512), (128, 128)])
+def test_the_default_row_is_cut_to_the_models_context(context: int | None, expected: int) -> None:
+    fitted = Recipe().within_context(context)
+    assert fitted.calibration_shape == (Recipe().calibration_shape[0], expected)
+
+
+def test_a_row_that_is_asked_for_and_longer_than_the_context_is_refused_with_the_limit() -> None:
+    assert Recipe(sample_tokens=128).within_context(128).sample_tokens == 128
+    with pytest.raises(
+        RecipeError, match=r"calibration tokens is 129, .* at most 128 .*use --calib-seqlen 128 or less"
+    ):
+        Recipe(sample_tokens=129).within_context(128)
+
+
+def test_a_method_that_reads_no_text_fits_every_context() -> None:
+    recipe = Recipe(method=Method.RTN, sample_tokens=129)
+    assert recipe.within_context(128) == recipe

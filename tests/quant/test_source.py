@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from quant.errors import CheckpointError, SourceError
-from quant.source import open_source
+from quant.source import context_tokens, open_source
 from tests.quant.checkpoint.stored_modules import awq_config
 from tests.tiny_models import CHAT_TEMPLATE, END_OF_TEXT_ID, IM_END_ID, TINY_MODEL_TYPES, save_tiny_model
 
@@ -292,3 +292,18 @@ def test_the_config_of_a_gguf_file_reads_the_same_in_old_and_new_spelling(gguf_c
     assert config.tie_word_embeddings
     assert "quantization_config" not in fields
     assert "_name_or_path" not in fields
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("llama", {"max_position_embeddings": 1234}, 1234),
+        ("gpt2", {"n_positions": 77}, 77),
+        ("gemma3", {"text_config": {"max_position_embeddings": 99}}, 99),
+        ("bloom", {}, None),
+    ],
+)
+def test_the_context_is_what_the_text_part_of_the_config_says(
+    model_type: str, fields: dict[str, object], expected: int | None
+) -> None:
+    assert context_tokens(AutoConfig.for_model(model_type, **fields)) == expected

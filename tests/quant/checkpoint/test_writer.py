@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
-from quant.errors import CheckpointError, OutputError, Terminated, WriteError
+from quant.errors import CheckpointError, OutputError, QualityError, Terminated, WriteError
 from tests.quant.checkpoint.stored_modules import awq_config, random_weight
 
 CONFIG: dict[str, object] = {
@@ -169,8 +169,12 @@ def save_and_end(out: Path, error: BaseException) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [WriteError("disk full"), Terminated()], ids=["disk full", "terminated"])
-def test_what_was_saved_as_finished_outlives_a_full_disk_and_a_termination(
+@pytest.mark.parametrize(
+    "error",
+    [WriteError("disk full"), Terminated(), QualityError("the mean KL is high")],
+    ids=["disk full", "terminated", "refused quality"],
+)
+def test_what_was_saved_as_finished_outlives_a_full_disk_a_termination_and_a_refused_quality(
     error: BaseException, tmp_path: Path
 ) -> None:
     # given a run that saved a part and ended in a way that another run need not

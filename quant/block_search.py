@@ -50,7 +50,9 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
     whose input is not finite.
     """
     pair = BlockPair(index, copy.deepcopy(block), block, streams)
-    outputs = [run_block(pair.original, index, chunk) for chunk in streams.original]
+    # without a correction nothing but the sample is compared with the original
+    followed = streams.original if plan.steps.correction else streams.original[:1]
+    outputs = [run_block(pair.original, index, chunk) for chunk in followed]
     token_weights = relative_weights(outputs)
     writers = (
         find_stream_writers(block, index, streams.original[0], plan.linear_names()) if plan.steps.correction else {}

@@ -187,7 +187,7 @@ def capture_pair(
     paired = {name: _pair_sum_for(block, name, own_writers[name]) for name in names if name not in alone}
     for original_chunk, chunk, weights in zip(pair.streams.original, pair.streams.current, token_weights, strict=True):
         current = observe(block, pair.index, chunk, {*read, *later}, given)
-        original = observe(pair.original, pair.index, original_chunk, {*paired, *read} - routed, given)
+        original = observe(pair.original, pair.index, original_chunk, {*read} - routed, given)
         for name, total in paired.items():
             drifts = {linear: _drift(linear, writer, original, current) for linear, writer in own_writers[name].items()}
             factors = weights if drifts else torch.ones_like(weights)

@@ -23,6 +23,8 @@ class OwnEngine:
             max_model_len=MAX_SEQUENCE_TOKENS,
             max_num_seqs=MAX_SEQUENCES,
             num_threads=num_threads,
+            # every trial computes all of its prompts, as the peer does
+            prefix_caching=False,
         )
         self._num_tokens: dict[str, int] = {}
         self._num_trials = 0

@@ -64,9 +64,9 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
     return gemm_int4(x, weight, bias)
 
 
-def max_rows_together(device: torch.device) -> int | None:
-    """How many rows a linear layer takes with no row's result depending on the others; None where none is promised."""
-    return cpu.cpu_traits().max_int4_op_rows if device.type == "cpu" else None
+def max_rows_together(device: torch.device) -> int:
+    """How many rows a linear layer takes with no row's result depending on the others."""
+    return cpu.cpu_traits().max_int4_op_rows if device.type == "cpu" else MAX_GEMV_ROWS
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -87,6 +87,8 @@ class _EngineCollector(Collector):
         yield _gauge("num_requests_waiting", "Choices that wait for their turn.", stats.num_waiting)
         yield _gauge("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", num_used / max(stats.num_blocks, 1))
         yield _counter("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens)
+        yield _counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", stats.prompt_tokens)
+        yield _counter("prefix_cache_hits", "Prompt tokens found there.", stats.cached_prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield _counter("num_preemptions", "Choices put back to wait for room in the KV cache.", stats.num_preemptions)
         yield _counter("engine_steps", "Steps of the engine.", stats.num_steps)

@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         GenerationConfig, Field(description="auto: sample as the model's generation_config.json says; off: plainly")
     ] = "auto"
 
+    prefix_caching: Annotated[bool, Field(description="compute the common beginning of prompts once")] = True
+    deterministic: Annotated[
+        bool, Field(description="a request's tokens are bit for bit those it gets alone; slower where much is shared")
+    ] = False
+
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * MEBIBYTE
     max_prompts: Annotated[int, Field(ge=1, description="prompts in one request")] = 128
     max_stop_strings: Annotated[int, Field(ge=1, description="stop strings in one request")] = 16
@@ -173,6 +178,8 @@ class Settings(BaseSettings):
             max_waiting=self.max_waiting,
             num_threads=self.num_threads,
             generation_config=self.generation_config,
+            prefix_caching=self.prefix_caching,
+            deterministic=self.deterministic,
         )
 
 

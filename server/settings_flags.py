@@ -22,7 +22,7 @@ def add_settings_command(app: typer.Typer, name: str, run: Callable[[Mapping[str
     """
 
     def command(*, config: Path | None, **flags: object) -> None:
-        run({name: value for name, value in flags.items() if value not in (None, [], False)}, config)
+        run({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
     parameters = [_parameter(name, field) for name, field in Settings.model_fields.items()]
     config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings")]
@@ -38,7 +38,9 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         return _keyword(name, Annotated[str | None, typer.Argument(metavar="MODEL", help=field.description)], None)
     flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
     if field.annotation is bool:
-        return _keyword(name, Annotated[bool, typer.Option(flag, help=field.description)], field.default)
+        # both ways and no default, so that a flag wins over a variable whichever it says
+        both = f"{flag}/--no-{flag.removeprefix('--')}"
+        return _keyword(name, Annotated[bool | None, typer.Option(both, help=field.description)], None)
     if tuple in (field.annotation, getattr(field.annotation, "__origin__", None)):
         return _keyword(name, Annotated[list[str], typer.Option(flag, help=field.description)], [])
     default = f" (default {field.default})" if field.default is not None else ""

@@ -50,11 +50,15 @@ class FakeRunner:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._slots = np.full((num_blocks, block_size), UNWRITTEN, dtype=np.int64)
+        # the positions from and up to which each slot's token was computed at once
+        self._spans = np.full((num_blocks, block_size, 2), UNWRITTEN, dtype=np.int64)
         self._block_size = block_size
         self.num_tokens_per_step: list[int] = []
         # by request, how far each step that held some of its tokens computed it
         self.cuts: dict[str, list[int]] = {}
         self.failing_request_ids: set[str] = set()
+        # by request, the spans of all it read when it last drew a token
+        self.spans_read: dict[str, list[tuple[int, int]]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.num_tokens_per_step.append(len(plan.token_ids))
@@ -64,6 +68,7 @@ class FakeRunner:
             self.cuts.setdefault(plan.request_ids[sequence], []).append(int(positions[-1]) + 1)
             blocks = plan.block_tables[sequence, positions // self._block_size]
             self._slots[blocks, positions % self._block_size] = plan.token_ids[tokens]
+            self._spans[blocks, positions % self._block_size] = positions[0], positions[-1] + 1
         rows = [self._context(plan, row.token_index) for row in plan.sampling_rows]
         for row, context in zip(plan.sampling_rows, rows, strict=True):
             assert context.tolist() == row.token_ids.tolist(), f"{row.request_id} does not read what it wrote"
@@ -81,6 +86,8 @@ class FakeRunner:
         sequence = int(np.searchsorted(plan.query_starts, token_index, side="right")) - 1
         positions = np.arange(plan.context_lens[sequence])
         blocks = plan.block_tables[sequence, positions // self._block_size]
+        spans = self._spans[blocks, positions % self._block_size]
+        self.spans_read[plan.request_ids[sequence]] = [(int(start), int(stop)) for start, stop in spans]
         return np.asarray(self._slots[blocks, positions % self._block_size])
 
     def _sample(self, request_id: str, context: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> SampledToken:

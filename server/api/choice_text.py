@@ -48,13 +48,15 @@ class TokenPiece:
 class ChoiceDelta:
     """What is new of one choice. pieces: tokens whose text has been shown, when log-probabilities were asked for.
 
-    num_tokens: how many tokens of output the choice has used so far. finish_reason: set on its last delta.
+    num_tokens: how many tokens of output the choice has used so far. num_cached_tokens: how many of its prompt were not
+    computed for it. finish_reason: set on its last delta.
     """
 
     index: int
     text: str
     pieces: tuple[TokenPiece, ...]
     num_tokens: int
+    num_cached_tokens: int
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -68,7 +70,7 @@ class ChoiceText:
             tokenizer, context=tokenizer.context_of(prompt), skip_special_tokens=choice.skips_special_tokens
         )
         self._stops = StopStrings(choice.stops)
-        self._num_tokens = 0
+        self._num_tokens = self._num_cached_tokens = 0
         # pieces wait here until the text they start in is shown
         self._pieces: list[TokenPiece] = []
         self._num_decoded = self._num_shown = 0
@@ -80,6 +82,7 @@ class ChoiceText:
             raise GenerationFailed(event.error or "the engine failed on this request")
         if event.finish_reason is FinishReason.ABORTED:
             raise EngineUnavailable(event.error or "the server ended this request before it was done")
+        self._num_cached_tokens += event.num_cached_tokens
         text = self._echo(event) if self._is_first else ""
         self._is_first = False
         if self._choice.discards_output:
@@ -144,6 +147,7 @@ class ChoiceText:
             text=text,
             pieces=tuple(ready) if has_logprobs else (),
             num_tokens=self._num_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             finish_reason=finish_reason,
         )
 

@@ -18,6 +18,7 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 128
+MAX_SALT_CHARACTERS = 256
 INT64 = 1 << 63
 
 
@@ -88,6 +89,7 @@ class SamplingFields(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "SamplingFields":
@@ -100,6 +102,10 @@ class SamplingFields(BaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    def salt_for(self, tenant: str) -> str:
+        """What keeps the cache of a tenant's prompts, and of one salt of theirs, from all others."""
+        return f"{tenant}:{self.cache_salt or ''}"
 
     @property
     def skips_special_tokens(self) -> bool:

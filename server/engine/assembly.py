@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import dispatch
 from quant.errors import QuantError
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
@@ -40,14 +41,22 @@ def resolve_device(config: EngineConfig) -> torch.device:
 def choose_limits(config: EngineConfig, device: torch.device) -> SchedulerLimits:
     """What one step may hold. Raises EngineSetupError when the settings contradict each other.
 
-    On a CPU a prompt is cut at fixed places: the sums of its linears come out differently by a last bit for another
-    number of rows, so a request would otherwise get other tokens beside others than alone.
+    On a CPU, and wherever a request must get the tokens that it gets alone, a prompt is cut at fixed places: the sums
+    of its linears come out differently by a last bit for another number of rows.
     """
-    if device.type != "cpu":
-        return SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens or _GPU_STEP_TOKENS)
-    num_tokens = config.max_num_batched_tokens or _CPU_PREFILL_CHUNK + config.max_num_seqs
+    is_cpu = device.type == "cpu"
+    num_tokens = config.max_num_batched_tokens or (
+        _CPU_PREFILL_CHUNK + config.max_num_seqs if is_cpu else _GPU_STEP_TOKENS
+    )
     chunk = min(_CPU_PREFILL_CHUNK, num_tokens - config.max_num_seqs + 1)
-    return SchedulerLimits(config.max_num_seqs, num_tokens, chunk)
+    return SchedulerLimits(
+        config.max_num_seqs,
+        num_tokens,
+        # where there is no room for a chunk, SchedulerLimits says so
+        max(chunk, 1) if is_cpu or config.deterministic else None,
+        prefix_caching=config.prefix_caching,
+        deterministic=config.deterministic,
+    )
 
 
 def assemble_engine(
@@ -77,7 +86,12 @@ def assemble_engine(
         sampling_defaults=sampling_defaults,
     )
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
-    runner = ModelRunner(model.decoder, allocate_layers(size, geometry, device))
+    is_isolated = device.type == "cpu" or config.deterministic
+    runner = ModelRunner(
+        model.decoder,
+        allocate_layers(size, geometry, device),
+        dispatch.max_rows_together(device) if is_isolated else None,
+    )
     return EngineLoop(scheduler, runner, info, publish), info
 
 

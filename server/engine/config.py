@@ -19,6 +19,8 @@ class EngineConfig:
     max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for. None: by
     device, see server/engine/assembly.py.
     num_threads None: as many as torch takes.
+    prefix_caching: prompts that begin alike are computed once. deterministic: a request's tokens are bit for bit those
+    that it gets alone, whatever is cached, preempted or computed beside it.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
@@ -34,3 +36,5 @@ class EngineConfig:
     max_waiting: int = 256
     num_threads: int | None = None
     generation_config: GenerationConfig = "auto"
+    prefix_caching: bool = True
+    deterministic: bool = False

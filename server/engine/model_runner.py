@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.paged_batch import PagedLayer
 from server.engine.logprobs import collect_logprobs
 from server.engine.request import TokenLogprob
@@ -19,7 +18,11 @@ _SCORED_ROWS = 64
 class ModelRunner:
     """The StepRunner that runs a real model."""
 
-    def __init__(self, decoder: Decoder, kv_layers: tuple[PagedLayer, ...]) -> None:
+    def __init__(
+        self, decoder: Decoder, kv_layers: tuple[PagedLayer, ...], max_rows_together: int | None = None
+    ) -> None:
+        """max_rows_together: sequences of few tokens are computed in runs of so many, longer ones alone; None: all."""
+        self._max_rows_together = max_rows_together
         self._decoder = decoder
         self._kv_layers = kv_layers
         self._device = decoder.embedding.device
@@ -27,7 +30,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's tokens and draw one token for each of its sampling rows."""
-        runs = group_sequences(plan, dispatch.max_rows_together(self._device))
+        runs = group_sequences(plan, self._max_rows_together)
         hidden = torch.cat([self._compute(plan, sequences) for sequences in runs])
         tokens: tuple[SampledToken, ...] = ()
         # a step may hold nothing but the first part of a prompt

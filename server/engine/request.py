@@ -41,9 +41,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
+    """cache_salt: only requests with the same one read what the other computed for a common beginning of prompts."""
+
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class TokenEvent:
     token_ids: the tokens that are new since the event before. The token that ended a request by stop_token_ids is
     included as the last one. logprobs: one entry a token when asked for, else empty.
     prompt_logprobs: on the first event when asked for; entry 0 is None, as nothing predicts the first token.
+    num_cached_tokens: how many of the prompt's were found in the cache; on the first event with a token, else 0.
     error: what went wrong, for FinishReason.ERROR.
     """
 
@@ -71,6 +75,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for the metrics. Blocks count KV cache blocks."""
+    """A snapshot for the metrics. Blocks count KV cache blocks, free ones with and without cached content.
+
+    cached_prompt_tokens: those of prompt_tokens that were found in the cache.
+    """
 
     num_running: int
     num_waiting: int
@@ -110,6 +118,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     num_steps: int
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ One rule: a request has tokens known and tokens computed, and each step spends a
 catch up with the first. Chunked prefill, decode and recomputation after a preemption are all that same subtraction.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -26,11 +27,16 @@ class SchedulerLimits:
 
     prefill_chunk: a sequence is computed up to the next multiple of it at a time, or not in this step, so that where
     a prompt is cut follows from the prompt alone. None cuts it where the budget ends.
+    prefix_caching: a prompt that begins as an earlier one did, and has its salt, starts where that one's blocks end.
+    deterministic: nothing is read that was not computed as the request alone would have computed it. Of a prompt,
+    whole chunks are shared and nothing else; output is recomputed token by token. Takes a prefill_chunk.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_chunk: int | None = None
+    prefix_caching: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -41,6 +47,7 @@ class SchedulerLimits:
         if self.prefill_chunk is not None:
             # so the first sequence that waits for its chunk gets it in every step, whoever decodes beside it
             assert 1 <= self.prefill_chunk <= self.max_num_batched_tokens - self.max_num_seqs + 1
+        assert self.prefill_chunk is not None or not self.deterministic
 
 
 class Scheduler:
@@ -54,6 +61,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._num_preemptions = 0
         self._prompt_tokens = 0
+        self._cached_prompt_tokens = 0
         self._generation_tokens = 0
         self._num_steps = 0
 
@@ -71,6 +79,7 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             num_steps=self._num_steps,
+            cached_prompt_tokens=self._cached_prompt_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -109,10 +118,14 @@ class Scheduler:
             if sequence.state is SequenceState.RUNNING and (share := self._share(sequence, budget)):
                 num_tokens[sequence] = share
                 budget -= share
+        # not before all of them are sure of their place in this step
+        for sequence, share in num_tokens.items():
+            self._offer(sequence, share)
         # who was just preempted comes first, so nobody new may take the room it left
         if num_preemptions == self._num_preemptions:
             while budget > 0 and (admitted := self._admit_next(budget)) is not None:
                 num_tokens[admitted] = self._share(admitted, budget)
+                self._offer(admitted, num_tokens[admitted])
                 budget -= num_tokens[admitted]
         if not num_tokens:
             assert not self._sequences, "requests wait, yet none fits the empty cache"
@@ -133,6 +146,7 @@ class Scheduler:
 
     def _take_token(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         if token.error is not None:
+            self._pool.forget(sequence.blocks)
             self._finish(sequence)
             return TokenEvent(sequence.request_id, (), finish_reason=FinishReason.ERROR, error=token.error)
         sequence.append_token(token.token_id)
@@ -144,14 +158,24 @@ class Scheduler:
         elif sequence.num_output == params.max_tokens:
             finish_reason = FinishReason.LENGTH
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+        num_cached = 0
         if sequence.num_output == 1:
+            num_cached = sequence.num_cached_prompt
             self._prompt_tokens += sequence.num_prompt
+            self._cached_prompt_tokens += num_cached
             if params.prompt_logprobs is not None:
                 prompt_logprobs = (None, *sequence.prompt_logprobs)
         if finish_reason is not None:
             self._finish(sequence)
         logprobs = () if token.logprob is None else (token.logprob,)
-        return TokenEvent(sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason)
+        return TokenEvent(
+            sequence.request_id,
+            (token.token_id,),
+            logprobs,
+            prompt_logprobs,
+            finish_reason,
+            num_cached_tokens=num_cached,
+        )
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
@@ -159,15 +183,56 @@ class Scheduler:
         chunk = self._limits.prefill_chunk
         if chunk is None:
             return min(missing, budget)
+        if self._limits.deterministic:
+            missing = max(sequence.num_prompt - sequence.num_computed, 1)
         wanted = min(missing, chunk - sequence.num_computed % chunk)
         return wanted if wanted <= budget else 0
+
+    def _take_cached(self, sequence: Sequence) -> None:
+        """Give a sequence without blocks those that hold the beginning of what it knows; one token is left to do."""
+        # scores of a prompt need all of it computed
+        if not self._limits.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+            return
+        num_wanted = sequence.num_known - 1
+        unit = self._pool.block_size
+        if self._limits.deterministic and self._limits.prefill_chunk is not None:
+            num_wanted = min(num_wanted, sequence.num_prompt)
+            unit = math.lcm(unit, self._limits.prefill_chunk)
+        found = self._pool.take_cached(sequence.block_keys(num_wanted - num_wanted % unit))
+        num_cached = len(found) * self._pool.block_size // unit * unit
+        num_blocks = num_cached // self._pool.block_size
+        self._pool.release(found[num_blocks:])
+        sequence.add_blocks(found[:num_blocks])
+        sequence.num_computed = sequence.num_shareable = num_cached
+
+    def _offer(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the blocks that are full when this step has computed so many tokens of the sequence.
+
+        Whoever reads them runs later, or in the same step and after it, where every layer writes before it reads.
+        """
+        if not self._limits.prefix_caching:
+            return
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        chunk = self._limits.prefill_chunk
+        if self._limits.deterministic and (
+            start != sequence.num_shareable or num_tokens != chunk or end > sequence.num_prompt
+        ):
+            return
+        first, last = sequence.num_shareable // self._pool.block_size, end // self._pool.block_size
+        sequence.num_shareable = end
+        if first < last:
+            keys = sequence.block_keys(end)
+            for index in range(first, last):
+                self._pool.name(sequence.blocks[index], keys[index])
 
     def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence to the running ones, with blocks for all it knows; None if it must wait."""
         if not self._waiting or len(self._running) == self._limits.max_num_seqs:
             return None
         sequence = self._waiting[0]
+        self._take_cached(sequence)
         if not self._share(sequence, budget) or not self._allocate_missing(sequence):
+            self._pool.release(sequence.take_blocks())
             return None
         self._waiting.popleft()
         self._running.append(sequence)
@@ -210,5 +275,7 @@ class Scheduler:
     def _freeze(self, num_tokens: dict[Sequence, int]) -> StepPlan:
         started = tuple(sequence.request_id for sequence in num_tokens if not sequence.was_started)
         for sequence in num_tokens:
+            if not sequence.was_started:
+                sequence.num_cached_prompt = sequence.num_computed
             sequence.was_started = True
         return build_plan(num_tokens, started)

@@ -1,5 +1,6 @@
 """The progress of one request through the scheduler: tokens known, tokens computed, blocks held."""
 
+import hashlib
 from enum import Enum
 
 import numpy as np
@@ -22,6 +23,10 @@ class Sequence:
         self.request = request
         self.state = SequenceState.WAITING
         self.num_computed = 0
+        # the leading tokens whose keys and values other requests may read
+        self.num_shareable = 0
+        # of the prompt, when the request first ran
+        self.num_cached_prompt = 0
         self.num_preemptions = 0
         self.was_started = False
         self.blocks: list[int] = []
@@ -33,6 +38,7 @@ class Sequence:
         # the last token is never computed, so it needs no place
         self.max_num_blocks = self.num_blocks_for(len(self._token_ids) - 1)
         self._block_table = np.zeros(self.max_num_blocks, dtype=np.int32)
+        self._block_keys: list[bytes] = []
 
     @property
     def request_id(self) -> str:
@@ -70,6 +76,21 @@ class Sequence:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
+    def block_keys(self, num_tokens: int) -> list[bytes]:
+        """A key for each full block of the first num_tokens known tokens: SHA-256 over all tokens up to its end.
+
+        Each starts with the one before it, and the first with the request's salt, so equal keys mean equal content of
+        one tenant, wherever in the cache it lies.
+        """
+        num_blocks = num_tokens // self._block_size
+        while len(self._block_keys) < num_blocks:
+            start = len(self._block_keys) * self._block_size
+            before = self._block_keys[-1] if self._block_keys else self.request.cache_salt.encode()
+            digest = hashlib.sha256(b"%d:" % len(before) + before)
+            digest.update(self._token_ids[start : start + self._block_size].tobytes())
+            self._block_keys.append(digest.digest())
+        return self._block_keys[:num_blocks]
+
     def append_token(self, token_id: int) -> None:
         self._token_ids[self._num_known] = token_id
         self._num_known += 1
@@ -80,5 +101,5 @@ class Sequence:
 
     def take_blocks(self) -> list[int]:
         """Give up all blocks, and with them what was computed."""
-        blocks, self.blocks, self.num_computed = self.blocks, [], 0
+        blocks, self.blocks, self.num_computed, self.num_shareable = self.blocks, [], 0, 0
         return blocks

@@ -1,9 +1,12 @@
 """Many requests at once: each gets what it would get alone, and what is cancelled gives its blocks back."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.end_to_end.running_server import RunningServer, wait_until
 
@@ -61,7 +64,11 @@ def first_difference(alone: GreedyTokens, together: GreedyTokens) -> int | None:
     return next((step for step, (one, other) in enumerate(pairs) if one != other), None)
 
 
-def test_sixteen_streams_each_equal_what_they_give_alone(server: RunningServer) -> None:
+def test_sixteen_streams_each_equal_what_they_give_alone(
+    quantized_demo: Path, tmp_path: Path, start: Callable[..., RunningServer]
+) -> None:
+    server = start(quantized_demo, tmp_path, "--served-model-name", "demo", "--deterministic")
+
     async def run() -> tuple[list[GreedyTokens], list[GreedyTokens]]:
         alone = [await stream_greedily(server, index) for index in range(16)]
         together = await asyncio.gather(*(stream_greedily(server, index) for index in range(16)))
@@ -72,6 +79,27 @@ def test_sixteen_streams_each_equal_what_they_give_alone(server: RunningServer) 
     differences = [first_difference(one, other) for one, other in zip(alone, together, strict=True)]
     margins_there = [alone[index].margins[step] for index, step in enumerate(differences) if step is not None]
     assert all(margin < NEAR_TIE_LOGPROB for margin in margins_there), (differences, margins_there)
+
+
+def test_the_second_turn_of_a_chat_reads_the_first_from_the_cache(server: RunningServer) -> None:
+    client = server.client()
+    turns: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name three rivers, and say where."}]
+    first = client.chat.completions.create(model="demo", messages=turns, max_tokens=24, temperature=0)
+    assert first.usage is not None
+    turns += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "And three more?"},
+    ]
+
+    second = client.chat.completions.create(model="demo", messages=turns, max_tokens=4, temperature=0)
+
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    # all whole blocks of 32 tokens that the first turn had asked and answered
+    assert cached is not None
+    assert first.usage.prompt_tokens // 32 * 32 <= cached < second.usage.prompt_tokens
+    assert cached > 0
 
 
 def test_cancelling_half_of_sixteen_streams_returns_every_block(server: RunningServer) -> None:

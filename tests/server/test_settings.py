@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from server.settings import Settings, SettingsError, is_loopback, load_settings
+from server.settings_flags import add_settings_command
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +30,19 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
     monkeypatch.setenv("AWQ_SERVE_MAX_NUM_SEQS", "2")
     settings = load_settings({"port": "3"}, file)
     assert (settings.port, settings.max_num_seqs, settings.max_waiting, settings.max_prompts) == (3, 2, 1, 128)
+
+
+def test_a_flag_switches_off_what_the_environment_switches_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWQ_SERVE_DETERMINISTIC", "true")
+    seen: list[Settings] = []
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    add_settings_command(app, "serve", lambda flags, file: seen.append(load_settings(flags, file)))
+    runner = CliRunner()
+    for flags in ([], ["--no-deterministic"], ["--no-prefix-caching"]):
+        assert runner.invoke(app, ["serve", *flags]).exit_code == 0
+    assert [one.deterministic for one in seen] == [True, False, True]
+    assert [one.prefix_caching for one in seen] == [True, True, False]
 
 
 def test_the_environment_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.api.auth import Tenant
 from server.api.chat.schema import ChatBody
 from server.api.chat.serving import chat_frames, prepare, whole_chat
 from server.api.json_body import json_body
@@ -15,9 +16,9 @@ router = APIRouter(tags=["chat"])
 
 @router.post("/v1/chat/completions", response_model=None)
 async def create_chat(
-    request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))], services: ServicesOfApp
+    request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))], services: ServicesOfApp, tenant: Tenant
 ) -> Response:
-    job = await prepare(body, services)
+    job = await prepare(body, services, tenant)
     if body.stream:
         return await event_stream(request, chat_frames(job, services))
     return await whole_reply(request, whole_chat(job, services))

@@ -31,17 +31,20 @@ class ChatJob:
     num_prompt_tokens: int
 
 
-async def prepare(body: ChatBody, services: Services) -> ChatJob:
-    """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
+async def prepare(body: ChatBody, services: Services, tenant: str) -> ChatJob:
+    """Check all of a request before any of it runs. tenant: who asks, by key.
+
+    Raises InvalidRequest, NotFound and EngineUnavailable.
+    """
     await services.check_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
     check_num_choices(1, body.num_choices, services.settings)
     model = services.loaded_model()
     size = sum(len(message.content or "") for message in body.messages)
-    return await compute(size, lambda: _plan(body, services, model))
+    return await compute(size, lambda: _plan(body, services, model, tenant))
 
 
-def _plan(body: ChatBody, services: Services, model: ModelInfo) -> ChatJob:
+def _plan(body: ChatBody, services: Services, model: ModelInfo, tenant: str) -> ChatJob:
     if services.chat_template is None:
         raise InvalidRequest(
             f"the model {services.served_model.name!r} has no chat template; use /v1/completions", param="messages"
@@ -58,7 +61,9 @@ def _plan(body: ChatBody, services: Services, model: ModelInfo) -> ChatJob:
     choices = tuple(
         Choice(
             index=index,
-            request=GenerationRequest(f"{job_id}-{index}", prompt, replace(sampling, seed=(seed + index) % INT64)),
+            request=GenerationRequest(
+                f"{job_id}-{index}", prompt, replace(sampling, seed=(seed + index) % INT64), body.salt_for(tenant)
+            ),
             stops=stops,
             includes_stop=bool(body.include_stop_str_in_output),
             skips_special_tokens=body.skips_special_tokens,
@@ -71,7 +76,7 @@ def _plan(body: ChatBody, services: Services, model: ModelInfo) -> ChatJob:
 async def whole_chat(job: ChatJob, services: Services) -> ChatCompletion:
     """The reply that is not streamed: the stream, joined."""
     deltas: list[list[ChoiceDelta]] = [[] for _ in job.choices]
-    counter = UsageCounter(job.num_prompt_tokens)
+    counter = UsageCounter(job.num_prompt_tokens, job.body.num_choices)
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:
             deltas[delta.index].append(delta)
@@ -88,7 +93,7 @@ async def whole_chat(job: ChatJob, services: Services) -> ChatCompletion:
 
 async def chat_frames(job: ChatJob, services: Services) -> AsyncGenerator[bytes, None]:
     """Per choice a frame with the role, its text, and a last one with the finish reason; then the usage if asked."""
-    counter = UsageCounter(job.num_prompt_tokens)
+    counter = UsageCounter(job.num_prompt_tokens, job.body.num_choices)
     started: set[int] = set()
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:

@@ -40,8 +40,11 @@ class CompletionJob:
     num_prompt_tokens: int
 
 
-async def prepare(body: CompletionBody, services: Services) -> CompletionJob:
-    """Check all of a request before any of it runs. Raises InvalidRequest, NotFound and EngineUnavailable."""
+async def prepare(body: CompletionBody, services: Services, tenant: str) -> CompletionJob:
+    """Check all of a request before any of it runs. tenant: who asks, by key.
+
+    Raises InvalidRequest, NotFound and EngineUnavailable.
+    """
     await services.check_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_COMPLETIONS))
     if len(body.prompt) > services.settings.max_prompts:
@@ -52,10 +55,10 @@ async def prepare(body: CompletionBody, services: Services) -> CompletionJob:
     check_num_choices(len(body.prompt), body.num_choices, services.settings)
     model = services.loaded_model()
     size = sum(map(len, body.prompt))
-    return await compute(size, lambda: _plan(body, services, model))
+    return await compute(size, lambda: _plan(body, services, model, tenant))
 
 
-def _plan(body: CompletionBody, services: Services, model: ModelInfo) -> CompletionJob:
+def _plan(body: CompletionBody, services: Services, model: ModelInfo, tenant: str) -> CompletionJob:
     job_id = f"cmpl-{uuid.uuid4().hex}"
     stops, seed = stop_strings(body, services.settings), body.base_seed()
     choices: list[Choice] = []
@@ -74,7 +77,7 @@ def _plan(body: CompletionBody, services: Services, model: ModelInfo) -> Complet
             choices.append(
                 Choice(
                     index=index,
-                    request=GenerationRequest(f"{job_id}-{index}", token_ids, own_seed),
+                    request=GenerationRequest(f"{job_id}-{index}", token_ids, own_seed, body.salt_for(tenant)),
                     stops=stops,
                     includes_stop=bool(body.include_stop_str_in_output),
                     skips_special_tokens=body.skips_special_tokens,
@@ -101,7 +104,7 @@ def _echo(body: CompletionBody, prompt: Prompt, token_ids: tuple[int, ...], serv
 async def whole_completion(job: CompletionJob, services: Services) -> Completion:
     """The reply that is not streamed: the stream, joined."""
     deltas: list[list[ChoiceDelta]] = [[] for _ in job.choices]
-    counter = UsageCounter(job.num_prompt_tokens)
+    counter = UsageCounter(job.num_prompt_tokens, job.body.num_choices)
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:
             deltas[delta.index].append(delta)
@@ -112,7 +115,7 @@ async def whole_completion(job: CompletionJob, services: Services) -> Completion
 
 async def completion_frames(job: CompletionJob, services: Services) -> AsyncGenerator[bytes, None]:
     """One frame a delta, and one with the usage at the end if the client asked for it."""
-    counter = UsageCounter(job.num_prompt_tokens)
+    counter = UsageCounter(job.num_prompt_tokens, job.body.num_choices)
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:
             counter.note(delta)

@@ -36,6 +36,8 @@ class FakeEngineClient:
         self.fail_after: int | None = None
         self.pause_after: int | None = None
         self.tokens_per_event = 1
+        # by choice, how many tokens of its prompt it says that it found
+        self.cached_tokens: list[int] = []
         self.script = script
         self._model = model
         self._capacity = capacity
@@ -112,7 +114,16 @@ class FakeEngineClient:
             ids = request.prompt_token_ids[1:]
             prompt = [None, *(self._logprob(token_id, sampling.prompt_logprobs) for token_id in ids)]
         logprobs = [] if sampling.logprobs is None else [self._logprob(id_, sampling.logprobs) for id_ in part]
-        return TokenEvent(request.request_id, tuple(part), tuple(logprobs), tuple(prompt), reason)
+        choice = int(request.request_id.rsplit("-", 1)[1])
+        num_cached = self.cached_tokens[choice] if is_first and self.cached_tokens else 0
+        return TokenEvent(
+            request.request_id,
+            tuple(part),
+            tuple(logprobs),
+            tuple(prompt),
+            reason,
+            num_cached_tokens=num_cached,
+        )
 
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
         ids = [(token_id + step) % self._model.vocab_size for step in range(num_top)]

@@ -8,6 +8,7 @@ from fastapi.testclient import TestClient
 from server.api.auth import KeyRing
 from server.errors import AuthenticationFailed
 from tests.server.api.conftest import AppFactory
+from tests.server.api.fake_engine import FakeEngineClient
 
 KEY = "sk-first"
 PUBLIC = {"/live", "/ready", "/health", "/version"}
@@ -53,6 +54,18 @@ def test_each_key_opens(guarded: TestClient, header: str) -> None:
 @pytest.mark.parametrize("host", ["x/health?", "x/live#", "localhost:80/health?a="])
 def test_a_crafted_host_does_not_open_a_route(guarded: TestClient, host: str) -> None:
     assert guarded.get("/v1/models", headers={"Host": host}).status_code == 401
+
+
+def test_two_keys_share_no_cached_prompt(guarded: TestClient, engine: FakeEngineClient) -> None:
+    for key in (KEY, "sk-second", KEY):
+        reply = guarded.post(
+            "/v1/completions", json={"prompt": "ab", "max_tokens": 1}, headers={"Authorization": f"Bearer {key}"}
+        )
+        assert reply.status_code == 200
+    first, second, again = (request.cache_salt for request in engine.requests)
+    assert first == again != second
+    # and the salt, which leaves the process, does not tell the key
+    assert KEY not in first
 
 
 def test_a_body_is_not_read_without_a_key(guarded: TestClient) -> None:

@@ -36,7 +36,29 @@ def test_a_completion_has_openais_shape(client: TestClient) -> None:
     assert (reply["object"], reply["model"]) == ("text_completion", MODEL_NAME)
     assert reply["choices"] == [{"index": 0, "text": ANSWER, "logprobs": None, "finish_reason": "stop"}]
     total = 2 + NUM_ANSWER_TOKENS
-    assert reply["usage"] == {"prompt_tokens": 2, "completion_tokens": NUM_ANSWER_TOKENS, "total_tokens": total}
+    assert reply["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": NUM_ANSWER_TOKENS,
+        "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+def test_usage_says_how_much_of_each_prompt_no_choice_had_to_compute(
+    client: TestClient, engine: FakeEngineClient
+) -> None:
+    # given two prompts: of the first, one choice computes all and the other finds 3 tokens; of the second both find 2
+    engine.cached_tokens = [0, 3, 2, 2]
+    reply = complete(client, prompt=["abcd", "abc"], n=2, temperature=1)
+    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": 0 + 2}
+
+
+def test_a_salt_keeps_a_request_to_itself(client: TestClient, engine: FakeEngineClient) -> None:
+    for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "a"}):
+        complete(client, **salt)
+    plain, first, second, again = (request.cache_salt for request in engine.requests)
+    assert first == again
+    assert len({plain, first, second}) == 3
 
 
 @pytest.mark.parametrize("body", [{}, {"stop": [". And"]}, {"max_tokens": 9}, {"echo": True}, {"logprobs": 2}])
@@ -245,9 +267,9 @@ def test_null_means_the_same_as_leaving_out(client: TestClient, engine: FakeEngi
 
 
 def test_unknown_fields_are_ignored_and_counted(client: TestClient) -> None:
-    complete(client, cache_salt="x", some_new_field=3, **{"odd name!": 1})
+    complete(client, detokenize=True, some_new_field=3, **{"odd name!": 1})
     metrics = client.get("/metrics").text
-    assert 'awq_serve_unknown_request_fields_total{field="cache_salt"} 1.0' in metrics
+    assert 'awq_serve_unknown_request_fields_total{field="detokenize"} 1.0' in metrics
     assert 'awq_serve_unknown_request_fields_total{field="other"} 2.0' in metrics
 
 
@@ -257,6 +279,7 @@ def test_the_largest_prompt_that_fits_is_taken(client: TestClient) -> None:
         "prompt_tokens": MAX_MODEL_LEN - 1,
         "completion_tokens": 1,
         "total_tokens": MAX_MODEL_LEN,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

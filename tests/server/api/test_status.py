@@ -66,11 +66,11 @@ def test_two_servers_in_one_process_count_apart(make_app: AppFactory) -> None:
 
 
 def test_no_label_is_a_name_that_a_client_invented(client: TestClient) -> None:
-    body = {"prompt": "ab", "cache_salt": "x", **{f"field_{number}": 1 for number in range(100)}}
+    body = {"prompt": "ab", "detokenize": True, **{f"field_{number}": 1 for number in range(100)}}
     client.post("/v1/completions", json=body)
     lines = [line for line in client.get("/metrics").text.splitlines() if "unknown_request_fields_total{" in line]
     name = "awq_serve_unknown_request_fields_total"
-    assert sorted(lines) == [f'{name}{{field="cache_salt"}} 1.0', f'{name}{{field="other"}} 100.0']
+    assert sorted(lines) == [f'{name}{{field="detokenize"}} 1.0', f'{name}{{field="other"}} 100.0']
 
 
 def test_the_served_model_is_listed(client: TestClient) -> None:

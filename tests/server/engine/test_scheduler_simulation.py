@@ -1,82 +1,15 @@
 """Thousands of random arrivals, aborts and preemptions on tiny caches, against what each request gives alone."""
 
 import random
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
 
 import pytest
 
-from server.engine.block_pool import BlockPool
 from server.engine.errors import EngineSetupError
-from server.engine.loop import EngineLoop
-from server.engine.request import EngineNews, FinishReason, GenerationRequest, SamplingParams, TokenEvent
-from server.engine.scheduler import PREEMPTION_BOUND, Scheduler, SchedulerLimits
-from tests.fakes import FAKE_VOCAB_SIZE, FakeRunner, expected_output, fake_model_info
-
-MAX_MODEL_LEN = 60
-
-
-@dataclass
-class Simulation:
-    """One engine with its loop driven by hand, and everything it said."""
-
-    num_blocks: int
-    block_size: int
-    limits: SchedulerLimits
-    started: list[str] = field(default_factory=list)
-    events: dict[str, list[TokenEvent]] = field(default_factory=lambda: defaultdict(list))
-
-    def __post_init__(self) -> None:
-        self.pool = BlockPool(self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(self.limits, self.pool)
-        self.runner = FakeRunner(self.num_blocks, self.block_size)
-        info = fake_model_info(max_model_len=MAX_MODEL_LEN, num_blocks=self.num_blocks, block_size=self.block_size)
-        self.loop = EngineLoop(self.scheduler, self.runner, info, self._take)
-
-    def _take(self, news: EngineNews) -> None:
-        self.started.extend(news.started)
-        for event in news.events:
-            self.events[event.request_id].append(event)
-
-    def run_to_end(self, max_steps: int = 20_000) -> None:
-        for _ in range(max_steps):
-            if not self.loop.has_work:
-                return
-            self.loop.step()
-            self.loop.check_integrity()
-        pytest.fail(f"still busy after {max_steps} steps: {self.scheduler.stats()}")
-
-    def output(self, request_id: str) -> tuple[int, ...]:
-        return tuple(token for event in self.events[request_id] for token in event.token_ids)
-
-    def finish_reasons(self, request_id: str) -> list[FinishReason]:
-        return [event.finish_reason for event in self.events[request_id] if event.finish_reason is not None]
-
-
-def simulation(
-    *, num_blocks: int = 16, block_size: int = 4, max_num_seqs: int = 8, budget: int = 24, chunk: int | None = None
-) -> Simulation:
-    return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget, chunk))
-
-
-def random_request(rng: random.Random, request_id: str) -> GenerationRequest:
-    num_prompt = rng.choice((1, 2, 3, 4, 5, 8, 17, 31, 40))
-    max_tokens = rng.randint(1, MAX_MODEL_LEN - num_prompt)
-    return GenerationRequest(
-        request_id,
-        tuple(rng.randrange(FAKE_VOCAB_SIZE) for _ in range(num_prompt)),
-        SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=rng.randint(0, 4),
-            stop_token_ids=tuple(rng.sample(range(FAKE_VOCAB_SIZE), k=rng.choice((0, 0, 10, 40)))),
-            prompt_logprobs=rng.choice((None, None, 0, 2)),
-        ),
-    )
-
-
-def request(request_id: str, num_prompt: int = 5, max_tokens: int = 6) -> GenerationRequest:
-    prompt = tuple((7 * index + num_prompt) % FAKE_VOCAB_SIZE for index in range(num_prompt))
-    return GenerationRequest(request_id, prompt, SamplingParams(max_tokens=max_tokens))
+from server.engine.request import FinishReason
+from server.engine.scheduler import PREEMPTION_BOUND, SchedulerLimits
+from tests.fakes import expected_output
+from tests.server.engine.simulation import Simulation, random_request, request, simulation
 
 
 @pytest.mark.parametrize(
@@ -91,6 +24,9 @@ def request(request_id: str, num_prompt: int = 5, max_tokens: int = 6) -> Genera
         (6, 15, 4, SchedulerLimits(8, 24, prefill_chunk=17)),  # room for one chunk beside the others
         (7, 40, 4, SchedulerLimits(8, 8, prefill_chunk=1)),
         (8, 300, 16, SchedulerLimits(32, 512, prefill_chunk=16)),
+        (9, 40, 4, SchedulerLimits(8, 40, prefix_caching=False)),
+        (10, 40, 4, SchedulerLimits(8, 40, prefill_chunk=8, deterministic=True)),
+        (11, 15, 4, SchedulerLimits(8, 24, prefill_chunk=6, deterministic=True)),
     ],
 )
 def test_whatever_the_batching_each_request_gets_what_it_gets_alone(

@@ -1,6 +1,7 @@
 """Compiles every kernel variant for GPUs that need not be here, and checks the machine code: the gate without a GPU.
 
-`python -m kernels.compile [--arch 90 ...] [--sample]` prints a line per variant; exit code 1 if one of them fails.
+`python -m kernels.compile [--arch 90 ...] [--family linear ...] [--sample]` prints a line per variant; exit code 1 if
+one of them fails. `--lower-budgets` keeps the instruction counts of kernels that became shorter.
 """
 
 import argparse
@@ -12,43 +13,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import gemm_int4, gemv_int4, paged_attention
+from kernels import instruction_budget
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
+from kernels.machine_code import MachineCode, find_faults
 from kernels.tiles import ARCHITECTURES
-from kernels.variants import Variant, all_variants, sample_variants
+from kernels.variant import Variant
+from kernels.variants import FAMILIES, KERNELS, family_of
 
-KERNELS = {
-    "gemv_int4_kernel": gemv_int4.gemv_int4_kernel,
-    "sum_parts_kernel": gemv_int4.sum_parts_kernel,
-    "gemm_int4_kernel": gemm_int4.gemm_int4_kernel,
-    "decode_kernel": paged_attention.decode_kernel,
-    "merge_kernel": paged_attention.merge_kernel,
-    "prefill_kernel": paged_attention.prefill_kernel,
-    "write_kv_kernel": paged_attention.write_kv_kernel,
-}
-# the architectures that the project promises; --arch chooses others of the table
-DEFAULT_ARCHS = (80, 89, 90, 100)
 DISASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What one variant became. shared_bytes, stack_bytes: of a program; registers: of a thread."""
-
-    variant: Variant
-    shared_bytes: int
-    registers: int
-    stack_bytes: int
-    assembly: str
-    seconds: float
+# Triton's name for the end of a group of asynchronous copies
+COMMIT = "ttg.async_commit_group"
 
 
 def compile_variant(variant: Variant) -> MachineCode:
@@ -77,58 +57,93 @@ def compile_variant(variant: Variant) -> MachineCode:
         usage = _disassemble("cuobjdump", "-res-usage", binary.name)
         assembly = _disassemble("nvdisasm", "-c", binary.name)
     registers, stack_bytes = (int(re.findall(rf"\b{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
-    seconds = time.monotonic() - started
-    return MachineCode(variant, int(compiled.metadata.shared), registers, stack_bytes, assembly, seconds)
+    return MachineCode(
+        variant=variant,
+        shared_bytes=int(compiled.metadata.shared),
+        registers=registers,
+        stack_bytes=stack_bytes,
+        copies_per_iteration=_copies_in_loop(str(compiled.asm["ttgir"])),
+        assembly=assembly,
+        seconds=time.monotonic() - started,
+    )
 
 
-def find_faults(code: MachineCode) -> list[str]:
-    """What would keep the variant from launching, or make it slow though it compiles. Empty when all is well."""
-    faults = []
-    limit = ARCHITECTURES[code.variant.arch].shared_bytes
-    if code.shared_bytes > limit:
-        faults.append(f"needs {code.shared_bytes} bytes of shared memory, the GPU has {limit}")
-    if code.stack_bytes or LOCAL_MEMORY.search(code.assembly):
-        faults.append(f"spills registers to local memory ({code.stack_bytes} bytes of stack)")
-    faults += [
-        f"has no instruction like {pattern}"
-        for pattern in code.variant.required
-        if not re.search(pattern, code.assembly)
-    ]
-    return faults
+def _copies_in_loop(intermediate: str) -> int:
+    """Groups of asynchronous copies that are committed inside loops: those that stand deeper than a loop's head."""
+    commits = 0
+    loop_indents: list[int] = []
+    for line in intermediate.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loop_indents and indent <= loop_indents[-1] and line.lstrip().startswith("}"):
+            loop_indents.pop()
+        commits += bool(loop_indents) and COMMIT in line
+        if "scf.for" in line or "scf.while" in line:
+            loop_indents.append(indent)
+    return commits
 
 
 def _disassemble(program: str, option: str, binary: str) -> str:
     return subprocess.run([DISASSEMBLERS / program, option, binary], check=True, capture_output=True, text=True).stdout
 
 
-def _report(codes: Iterator[MachineCode], num_variants: int) -> int:
-    """Write a line per variant as it is done. Returns how many have faults."""
-    num_faulty = 0
-    for done, code in enumerate(codes, start=1):
-        faults = find_faults(code)
+def _check(codes: Iterator[MachineCode], num_variants: int) -> tuple[list[MachineCode], int, bool]:
+    """Write a line per variant as it is done. Returns the codes, how many have faults, and whether one is too long."""
+    budgets = {family.name: instruction_budget.read(family.name) for family in FAMILIES}
+    done: list[MachineCode] = []
+    num_faulty, is_overrun = 0, False
+    for code in codes:
+        overrun = instruction_budget.find_overrun(code, budgets[family_of(code.variant).name])
+        faults = [*find_faults(code), *([overrun] if overrun else [])]
         num_faulty += bool(faults)
-        name = f"sm{code.variant.arch} {code.variant.kernel} {code.variant.label}"
+        is_overrun |= overrun is not None
+        done.append(code)
+        cost = "" if code.cost is None or code.variant.loop is None else f"{code.cost:.3f}/{code.variant.loop.unit}"
         sys.stdout.write(
-            f"{done:4}/{num_variants}  {name:<58} shared {code.shared_bytes:>6}  registers {code.registers:>3}  "
-            f"stack {code.stack_bytes:>4}  {code.seconds:5.1f} s  {'; '.join(faults) or 'ok'}\n"
+            f"{len(done):4}/{num_variants}  {code.variant.name:<58} shared {code.shared_bytes:>6}  "
+            f"registers {code.registers:>3}  {cost:>15}  {code.seconds:5.1f} s  {'; '.join(faults) or 'ok'}\n"
         )
         sys.stdout.flush()
-    return num_faulty
+    return done, num_faulty, is_overrun
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__)
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES), help="default: all")
+    families = [family.name for family in FAMILIES]
+    parser.add_argument("--family", action="append", choices=families, help="default: all")
+    parser.add_argument("--sample", action="store_true", help="each kernel and tile once, as the tests do")
+    parser.add_argument("--lower-budgets", action="store_true", help="keep instruction counts that fell, and new ones")
+    options = parser.parse_args(arguments)
+    if IS_INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns the exit code: 0, 1 when a variant has a fault, 2 for bad use."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__)
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES), help="default: all four")
-    parser.add_argument("--sample", action="store_true", help="each kernel and tile once, as the tests do")
-    options = parser.parse_args(arguments)
-    if IS_INTERPRETED:
-        parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
-    list_variants = sample_variants if options.sample else all_variants
-    variants = [variant for arch in options.arch or DEFAULT_ARCHS for variant in list_variants(arch)]
+    options = _parse(arguments)
+    families = [family for family in FAMILIES if family.name in (options.family or [family.name])]
+    variants = [
+        variant
+        for arch in options.arch or ARCHITECTURES
+        for family in families
+        for variant in (family.sample_variants if options.sample else family.all_variants)(arch)
+    ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        num_faulty = _report(pool.map(compile_variant, variants), len(variants))
+        codes, num_faulty, is_overrun = _check(pool.map(compile_variant, variants), len(variants))
     sys.stdout.write(f"{len(variants)} variants, {num_faulty} with faults\n")
+    if is_overrun:
+        sys.stdout.write(
+            "an inner loop became longer, and budgets only fall: shorten it, or, where a longer one is worth it, edit "
+            f"its number in {instruction_budget.DIRECTORY} by hand and say why in the commit\n"
+        )
+    if options.lower_budgets:
+        names = {
+            family.name: {variant.name for arch in ARCHITECTURES for variant in family.all_variants(arch)}
+            for family in families
+        }
+        changes = instruction_budget.lower(codes, names)
+        sys.stdout.write("".join(f"{count} budgets of {name} changed\n" for name, count in changes.items()))
     return 1 if num_faulty else 0
 
 

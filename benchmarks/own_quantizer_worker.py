@@ -27,8 +27,8 @@ def main() -> int:
 
 def run(job: Job) -> None:
     """The method with its default number of tokens, without measuring the result."""
-    recipe = Recipe(method=Method(job.method), bits=BITS, group_size=GROUP_SIZE, calibration=job.text, num_windows=0)
-    quantize(recipe, Path(job.model), job.checkpoint)
+    asked = Recipe(bits=BITS, group_size=GROUP_SIZE, calibration=job.text, num_windows=0)
+    quantize(asked.with_method(Method(job.method)), Path(job.model), job.checkpoint)
 
 
 if __name__ == "__main__":

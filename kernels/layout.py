@@ -9,12 +9,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-SUPPORTED_BITS = (3, 4, 8)
+from kernels.weight_kinds import SUPPORTED_BITS
+
 # 3-bit codes lie in nibbles too, so that every 4-bit kernel reads them
 NIBBLE_BITS = (3, 4)
 BITS_PER_WORD = 32
-# the group size that stands for K, one scale a row, where a model's K is not known yet: in recipes and configs
-WHOLE_ROW = -1
 AWQ_COLUMNS_PER_WORD = 8
 # column held by nibble i (from the low end) of an AWQ gemm word: AutoAWQ awq/utils/packing_utils.py
 AWQ_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

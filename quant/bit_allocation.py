@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from kernels.layout import SUPPORTED_BITS, WHOLE_ROW
+from kernels.weight_kinds import SUPPORTED_BITS, WHOLE_ROW
 from quant.checkpoint.stored_module import PackedSpec
 from quant.errors import RecipeError
 from quant.recipe import GROUP_SIZES

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.location import resolve_model
-from quant.checkpoint.output_format import OutputFormat
 from quant.convert import convert
 from quant.inspect_checkpoint import inspect_checkpoint, module_table, plain_table, salience_table, summary_table
 from quant.progress import progress_bar

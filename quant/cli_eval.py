@@ -14,7 +14,7 @@ from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import OutputError, RecipeError, WriteError
 from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint, render
-from quant.method import Method
+from quant.method import STEPS, Method
 from quant.method_comparison import (
     UNQUANTIZED,
     ComparisonOptions,
@@ -24,8 +24,8 @@ from quant.method_comparison import (
 )
 from quant.method_plot import check_plotting, draw_methods
 from quant.progress import progress_bar
-from quant.recipe import Recipe
-from quant.terminal import ProgressFormat, exit_codes, parse_group_size
+from quant.recipe import Recipe, parse_group_size
+from quant.terminal import ProgressFormat, exit_codes
 
 ALL_METHODS = ",".join((UNQUANTIZED, *Method))
 
@@ -51,6 +51,8 @@ class ComparisonFlags:
         """What is to be compared. Raises RecipeError when a value is out of range."""
         methods = tuple(Method) if self.methods is None else parse_methods(self.methods)
         recipe = Recipe(
+            # any that reads calibration text, as the text is refused where none of them does
+            method=next((method for method in methods if STEPS[method].calibrates), Method.RTN),
             bits=Recipe.bits if self.bits is None else self.bits,
             group_size=None if self.group_size is None else parse_group_size(self.group_size),
             calibration=Recipe.calibration if self.calib is None else self.calib,

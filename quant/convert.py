@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kernels.layout import PackedWeight
-from quant.checkpoint.output_format import OutputFormat, check_fits
+from quant.checkpoint.format_name import OutputFormat
+from quant.checkpoint.output_format import check_fits
 from quant.checkpoint.reader import CONFIG_FILE, OLD_SETTINGS, CheckpointReader
 from quant.checkpoint.tensor_files import INDEX_FILE, PICKLE_SUFFIXES
 from quant.checkpoint.writer import CheckpointWriter, check_place

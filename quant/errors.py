@@ -10,6 +10,8 @@ QuantError
     └── QualityError   the result is worse than the recipe allows; another bound may allow it
 """
 
+from pathlib import Path
+
 
 class QuantError(Exception):
     """The root: what the command line prints as one sentence, with exit code 2 for bad input and 1 otherwise."""
@@ -18,7 +20,14 @@ class QuantError(Exception):
 
 
 class RecipeError(QuantError, ValueError):
-    pass
+    """field: the recipe's field at fault, for callers that call it something else; None where it is none of one field.
+
+    An option that the message advises is named as the command line has it.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class SourceError(QuantError):
@@ -46,4 +55,9 @@ class QualityError(QuantizationError):
 
 
 class Terminated(KeyboardInterrupt):
-    """The system ends this process (SIGTERM, SIGHUP). Finished work is kept, which nobody asks for with Ctrl-C."""
+    """The system ends this process (SIGTERM, SIGHUP). Finished work is kept, which nobody asks for with Ctrl-C.
+
+    kept_for: the output, as an absolute path, of the run that was ended by this and whose finished work was kept.
+    """
+
+    kept_for: Path | None = None

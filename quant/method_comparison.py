@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from quant.calibration import read_texts
 from quant.checkpoint.location import GGUF_SUFFIX, recorded_name
+from quant.checkpoint.work_folder import make_parents, remove_empty
 from quant.checkpoint.writer import check_place
 from quant.dense_checkpoint import load_dense
 from quant.errors import OutputError, RecipeError
@@ -97,7 +98,7 @@ def compare_methods(options: ComparisonOptions, listener: ProgressListener = ign
     if options.keep is not None:
         check_place(options.keep)
     text = options.windows.read()
-    recipes = [replace(options.recipe, method=method) for method in options.methods]
+    recipes = [options.recipe.with_method(method) for method in options.methods]
     for recipe in recipes:
         # a text that is not there is told before the methods that need none have run
         if recipe.steps.calibrates:
@@ -164,7 +165,7 @@ def _try_method(
 
     name = Path(recorded_name(options.source)).name.removesuffix(GGUF_SUFFIX)
     checkpoint = folder / f"{name}-{method}"
-    report = quantize(replace(options.recipe, method=method), options.source, checkpoint, listen)
+    report = quantize(options.recipe.with_method(method), options.source, checkpoint, listen)
     models = {ORIGINAL: original, f"{method} checkpoint": load_dense(checkpoint)}
     quality = _measure(models, windows, ProgressMeter(listen))[1]
     if options.keep is None:
@@ -180,16 +181,23 @@ def _measure(models: Mapping[str, PreTrainedModel], windows: Tensor, meter: Prog
 @contextmanager
 def _checkpoint_folder(keep: Path | None) -> Iterator[Path]:
     """Where checkpoints are written: a temporary folder, which becomes `keep` only when all are there."""
-    if keep is not None:
-        keep.absolute().parent.mkdir(parents=True, exist_ok=True)
+    new_parents = () if keep is None else make_parents(keep.absolute())
     beside = None if keep is None else keep.absolute().parent
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".awq-serve-eval-") as temporary:
-        # a folder of its own: only the temporary one is closed to other users
-        folder = Path(temporary) / "checkpoints"
-        folder.mkdir()
-        yield folder
-        if keep is not None:
-            try:
-                folder.rename(keep)
-            except OSError as error:
-                raise OutputError(f"{keep} cannot be written: {error}") from error
+    try:
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".awq-serve-eval-") as temporary:
+            # a folder of its own: only the temporary one is closed to other users
+            folder = Path(temporary) / "checkpoints"
+            folder.mkdir()
+            yield folder
+            if keep is not None:
+                _publish(folder, keep)
+    finally:
+        # however it ended, those that hold nothing are of no use
+        remove_empty(new_parents)
+
+
+def _publish(folder: Path, keep: Path) -> None:
+    try:
+        folder.rename(keep)
+    except OSError as error:
+        raise OutputError(f"{keep} cannot be written: {error}") from error

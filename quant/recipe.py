@@ -1,12 +1,15 @@
-"""The one frozen description of a quantization, valid from the moment it exists. It reads no model and no file."""
+"""The one frozen description of a quantization, valid from the moment it exists. It reads no model and no file.
+
+It loads no torch: the process that answers HTTP checks what it is asked for with it.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kernels.layout import SUPPORTED_BITS, WHOLE_ROW
+from kernels.weight_kinds import SUPPORTED_BITS, WHOLE_ROW
 from quant.calibration_mix import SELF_CALIBRATION, parse_mix, row_counts
-from quant.checkpoint.output_format import OutputFormat
+from quant.checkpoint.format_name import OutputFormat
 from quant.errors import RecipeError
 from quant.method import STEPS, Method, MethodSteps
 
@@ -14,6 +17,7 @@ GROUP_SIZES = (128, 64, 32)
 # how people write WHOLE_ROW, and a group size that is chosen by the model
 ROW = "row"
 AUTO = "auto"
+MAX_DIGITS = 9
 AWQ_BITS = 4
 HEAD_BITS = (8, 4)
 # far beyond what any calibration gains from, and what memory holds
@@ -21,6 +25,12 @@ MAX_SAMPLES = 65_536
 MAX_SAMPLE_TOKENS = 1_048_576
 # what torch's generators take
 MAX_SEED = 2**63 - 1
+# what only a method that calibrates looks at, by its option on the command line
+CALIBRATION_OPTIONS = {
+    "calibration": "--calib",
+    "num_samples": "--calib-samples",
+    "sample_tokens": "--calib-seqlen",
+}
 
 
 @dataclass(frozen=True)
@@ -55,35 +65,53 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
-            raise RecipeError(f"bits is {self.bits}; supported: {', '.join(map(str, SUPPORTED_BITS))}")
+            raise RecipeError(f"bits is {self.bits}; supported: {', '.join(map(str, SUPPORTED_BITS))}", field="bits")
         if self.group_size not in (None, WHOLE_ROW, *GROUP_SIZES):
-            sizes = ", ".join(map(str, GROUP_SIZES))
-            raise RecipeError(f"group size is {self.group_size}; supported: auto, {sizes}, {ROW}")
+            raise _group_size_error(self.group_size)
         if self.lm_head not in (None, *HEAD_BITS):
-            raise RecipeError(f"lm head is {self.lm_head}; supported: {', '.join(map(str, HEAD_BITS))}, or left alone")
+            supported = ", ".join(map(str, HEAD_BITS))
+            raise RecipeError(f"lm head is {self.lm_head}; supported: {supported}, or left alone", field="lm_head")
         self._check_target()
         self._check_format()
-        for name, value, smallest, largest in (
-            ("calibration samples", self.calibration_shape[0], 1, MAX_SAMPLES),
-            ("calibration tokens", self.calibration_shape[1], 1, MAX_SAMPLE_TOKENS),
-            ("number of windows", self.num_windows, 0, MAX_SAMPLES),
-            ("seed", self.seed, 0, MAX_SEED),
+        for field, name, value, smallest, largest in (
+            ("num_samples", "calibration samples", self.calibration_shape[0], 1, MAX_SAMPLES),
+            ("sample_tokens", "calibration tokens", self.calibration_shape[1], 1, MAX_SAMPLE_TOKENS),
+            ("num_windows", "number of windows", self.num_windows, 0, MAX_SAMPLES),
+            ("seed", "seed", self.seed, 0, MAX_SEED),
         ):
             if not smallest <= value <= largest:
-                raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}")
-        row_counts(parse_mix(self.calibration), self.calibration_shape[0])
+                raise RecipeError(f"{name} is {value}; it must be {smallest} to {largest}", field=field)
+        self._check_calibration()
         self._check_max_kl()
 
     def _check_target(self) -> None:
         if self.target_bpw is None:
             return
         if not (math.isfinite(self.target_bpw) and self.target_bpw > 0):
-            raise RecipeError(f"the target is {self.target_bpw} bits per weight; it must be a number like 4.25")
+            raise RecipeError(
+                f"the target is {self.target_bpw} bits per weight; it must be a number like 4.25", field="target_bpw"
+            )
         if not self.steps.calibrates:
             raise RecipeError(
                 "a target of bits per weight is shared out by what is measured on calibration text, and the method "
-                f"{self.method} reads none; use --method {Method.AWQ_GPTQ}, or leave out the target"
+                f"{self.method} reads none; use --method {Method.AWQ_GPTQ}, or leave out the target",
+                field="target_bpw",
             )
+
+    def _check_calibration(self) -> None:
+        """Raises RecipeError for a mix that is none, and for text that the method would not look at."""
+        try:
+            row_counts(parse_mix(self.calibration), self.calibration_shape[0])
+        except RecipeError as error:
+            raise RecipeError(str(error), field="calibration") from error
+        if self.steps.calibrates:
+            return
+        for field, option in CALIBRATION_OPTIONS.items():
+            if getattr(self, field) != getattr(Recipe, field):
+                raise RecipeError(
+                    f"the method {self.method} reads no calibration text; leave out {option}, or choose another method",
+                    field=field,
+                )
 
     def _check_format(self) -> None:
         if self.format is not OutputFormat.AWQ or self._fits_awq:
@@ -96,7 +124,8 @@ class Recipe:
             problem = f"lm head is {self.lm_head}"
         raise RecipeError(
             f"{problem}, and the AWQ gemm format holds {AWQ_BITS} bits only; "
-            f"use --format {OutputFormat.COMPRESSED_TENSORS}"
+            f"use --format {OutputFormat.COMPRESSED_TENSORS}",
+            field="format",
         )
 
     @property
@@ -107,9 +136,13 @@ class Recipe:
         if self.max_kl is None:
             return
         if not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise RecipeError(f"the highest KL is {self.max_kl}; it must be a number of nats above 0, like 0.2")
+            raise RecipeError(
+                f"the highest KL is {self.max_kl}; it must be a number of nats above 0, like 0.2", field="max_kl"
+            )
         if self.num_windows == 0:
-            raise RecipeError("the highest KL is set, but nothing is measured: allow the measurement, or leave it out")
+            raise RecipeError(
+                "the highest KL is set, but nothing is measured: allow the measurement, or leave it out", field="max_kl"
+            )
 
     @property
     def steps(self) -> MethodSteps:
@@ -124,19 +157,27 @@ class Recipe:
             self.steps.sample_tokens if self.sample_tokens is None else self.sample_tokens,
         )
 
+    def with_method(self, method: Method) -> "Recipe":
+        """The same by another method, without calibration text where that one reads none."""
+        if STEPS[method].calibrates:
+            return replace(self, method=method)
+        default = Recipe.calibration
+        return replace(self, method=method, calibration=default, num_samples=None, sample_tokens=None)
+
     def within_context(self, context_tokens: int | None) -> "Recipe":
         """For a model that reads so many tokens at once (None: any number): the default row is cut to them.
 
         Raises RecipeError when longer rows are asked for.
         """
         sample_tokens = self.calibration_shape[1]
-        if not self.steps.calibrates or context_tokens is None or sample_tokens <= context_tokens:
+        if context_tokens is None or sample_tokens <= context_tokens:
             return self
         if self.sample_tokens is None:
             return replace(self, sample_tokens=context_tokens)
         raise RecipeError(
             f"calibration tokens is {sample_tokens}, and this model reads at most {context_tokens} at once "
-            f"(max_position_embeddings); use --calib-seqlen {context_tokens} or less"
+            f"(max_position_embeddings); use --calib-seqlen {context_tokens} or less",
+            field="sample_tokens",
         )
 
     @property
@@ -145,6 +186,39 @@ class Recipe:
         if self.format is not None:
             return self.format
         return OutputFormat.AWQ if self._fits_awq else OutputFormat.COMPRESSED_TENSORS
+
+
+def parse_group_size(text: str) -> int | None:
+    """What people say for a group size, as a Recipe takes it. Raises RecipeError when it is no size."""
+    if text == AUTO:
+        return None
+    if text == ROW:
+        return WHOLE_ROW
+    # no size has more digits, and a number of thousands of them is none for Python
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
+        raise _group_size_error(repr(text))
+    return int(text)
+
+
+def said_group_size(group_size: int | None) -> int | str:
+    """A Recipe's group size as people say it: what parse_group_size takes, but for numbers."""
+    if group_size is None:
+        return AUTO
+    return ROW if group_size == WHOLE_ROW else group_size
+
+
+def parse_format(text: str) -> OutputFormat | None:
+    """What people say for a format, as a Recipe takes it. Raises RecipeError when there is none of that name."""
+    if text == AUTO:
+        return None
+    if text not in list(OutputFormat):
+        raise RecipeError(f"format is {text!r}; supported: {AUTO}, {', '.join(OutputFormat)}", field="format")
+    return OutputFormat(text)
+
+
+def _group_size_error(given: object) -> RecipeError:
+    supported = ", ".join(map(str, (AUTO, *GROUP_SIZES, ROW)))
+    return RecipeError(f"group size is {given}; supported: {supported}", field="group_size")
 
 
 def choose_group_size(requested: int | None, in_features: Mapping[str, int]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.calibration_mix import without_directories
 from quant.checkpoint.stored_module import PackedSpec
 from quant.recipe import Recipe

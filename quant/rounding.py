@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.layout import WHOLE_ROW, GroupCodes
+from kernels.layout import GroupCodes
+from kernels.weight_kinds import WHOLE_ROW
 
 # checkpoints hold scales in this dtype, so codes are chosen against values that it can hold
 SCALE_DTYPE = torch.float16

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly, split_groups
 from quant.salience import SALIENT_SHARE

@@ -13,13 +13,13 @@ from torch import Tensor
 from kernels.layout import (
     GEMV_FAST_INPUTS,
     GEMV_FAST_ROWS,
-    WHOLE_ROW,
     GroupCodes,
     PackedWeight,
     pack,
     unpack_gemv_fast_words,
     unpack_words,
 )
+from kernels.weight_kinds import WHOLE_ROW
 from quant.checkpoint.meta import QuantizationMeta
 from quant.checkpoint.stored_module import HALF_DTYPES, PackedSpec, StoredModule, check_scales
 from quant.errors import CheckpointError

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.errors import CheckpointError
 
 # each field under the names that AutoAWQ, llm-awq, GPTQModel, AutoRound and vLLM write or accept

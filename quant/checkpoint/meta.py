@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kernels.layout import SUPPORTED_BITS
+from kernels.weight_kinds import SUPPORTED_BITS
 from quant.checkpoint import config_fields
 from quant.errors import CheckpointError
 

@@ -1,23 +1,16 @@
 """The formats that are written: what fits into each, and the `quantization_config` that describes it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 
 from torch import Tensor
 
-from kernels.layout import AWQ_COLUMNS_PER_WORD, WHOLE_ROW, PackedWeight
+from kernels.layout import AWQ_COLUMNS_PER_WORD, PackedWeight
+from kernels.weight_kinds import WHOLE_ROW
 from quant.checkpoint import awq_gemm, compressed_tensors
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.meta import COMPRESSED_FORMAT
 from quant.checkpoint.stored_module import PackedSpec
 from quant.errors import RecipeError
-
-
-class OutputFormat(StrEnum):
-    """AWQ is the gemm layout: 4 bits and one group size in all modules. compressed-tensors holds every mixture."""
-
-    AWQ = "awq"
-    COMPRESSED_TENSORS = "compressed-tensors"
-
 
 # what checkpoints call the output head
 HEAD_NAMES = ("lm_head", "embed_out")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.layout import SUPPORTED_BITS, WHOLE_ROW, PackedWeight
+from kernels.layout import PackedWeight
+from kernels.weight_kinds import SUPPORTED_BITS, WHOLE_ROW
 from quant.checkpoint.tensor_spec import TensorSpec
 from quant.errors import CheckpointError
 

@@ -8,7 +8,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -26,8 +26,7 @@ class WorkFolder:
 
         Others that dead runs left for the same `out` are removed; those of living runs stay. Raises OSError.
         """
-        new_parents = tuple(folder for folder in out.parents if not folder.exists())
-        out.parent.mkdir(parents=True, exist_ok=True)
+        new_parents = make_parents(out)
         accepted = None
         for path in folders_for(out):
             lock = _try_lock(path) if path.is_dir() else None
@@ -59,11 +58,23 @@ class WorkFolder:
         """Remove the folder, and the folders above it that were made for it and hold nothing."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
-        for folder in self._new_parents:
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+        remove_empty(self._new_parents)
+
+
+def make_parents(out: Path) -> tuple[Path, ...]:
+    """Make the folders above `out`; returns those that were not there, the innermost first. Raises OSError."""
+    new_parents = tuple(folder for folder in out.parents if not folder.exists())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return new_parents
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def folders_for(out: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import Option, OptionRange, Shape, allocate, budget_of
 from quant.errors import RecipeError
 from quant.scale_search import Grouping

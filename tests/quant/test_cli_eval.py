@@ -102,6 +102,7 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(model: Path, che
         (("--json", "."), ". is a directory; give the name of a file"),
         (("--text", "absent.txt"), "absent.txt cannot be read as UTF-8 text"),
         (("--calib", "absent.txt"), "absent.txt"),
+        (("--methods", "fp,rtn", "--calib", "wikitext"), "the method rtn reads no calibration text; leave out --calib"),
     ],
 )
 def test_bad_options_end_with_code_2_and_one_sentence(model: Path, arguments: tuple[str, ...], sentence: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.clip_search import search_range
 from quant.rounding import full_range, grid_of, round_onto
 from quant.scale_search import Grouping, output_error

@@ -10,8 +10,9 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from kernels.layout import WHOLE_ROW, pack
-from quant.checkpoint.output_format import OutputFormat
+from kernels.layout import pack
+from kernels.weight_kinds import WHOLE_ROW
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.dense_checkpoint import load_dense

@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kernels.layout import PackedWeight, unpack
-from quant.checkpoint.output_format import OutputFormat
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.cli import app

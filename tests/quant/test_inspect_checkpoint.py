@@ -10,7 +10,7 @@ from click.testing import Result
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from quant.checkpoint.output_format import OutputFormat
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.writer import CheckpointWriter
 from quant.cli import app
 from quant.errors import CheckpointError

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from quant.checkpoint.reader import CheckpointReader
 from quant.dense_checkpoint import load_dense
-from quant.errors import OutputError, RecipeError, SourceError
+from quant.errors import OutputError, RecipeError, SourceError, Terminated
 from quant.evaluate import EvalOptions, Quality, TextWindows, evaluate_checkpoint
 from quant.method_comparison import ComparisonOptions, MethodTable, compare_methods, parse_methods, way_back
 from quant.recipe import Method, Recipe
@@ -186,4 +186,15 @@ def test_when_a_method_fails_nothing_is_kept_of_those_before_it(model: Path, tmp
 
     with pytest.raises(RecipeError):
         compare_methods(ComparisonOptions(model, (Method.RTN, Method.AWQ), recipe, WINDOWS, tmp_path / "new" / "kept"))
-    assert [path.name for path in tmp_path.rglob("*") if path.name != "new"] == ["short.txt"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["short.txt"]
+
+
+def test_a_termination_leaves_no_folder_that_was_made_for_what_was_to_be_kept(model: Path, tmp_path: Path) -> None:
+    def end(phase: str, done: int, total: int, seconds_left: float | None) -> None:
+        if (phase, done) == ("rtn quantize", 1):
+            raise Terminated
+
+    kept = tmp_path / "new" / "and" / "kept"
+    with pytest.raises(Terminated):
+        compare_methods(ComparisonOptions(model, (Method.RTN,), SMALL, WINDOWS, kept), end)
+    assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.layout import WHOLE_ROW
-from quant.checkpoint.output_format import OutputFormat
+from kernels.weight_kinds import WHOLE_ROW
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.stored_module import bits_per_weight
 from quant.dense_checkpoint import load_dense

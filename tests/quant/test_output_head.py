@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kernels.layout import WHOLE_ROW
 from kernels.reference import dequantize
-from quant.checkpoint.output_format import OutputFormat
+from kernels.weight_kinds import WHOLE_ROW
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.convert import convert
 from quant.dense_checkpoint import load_dense

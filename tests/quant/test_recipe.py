@@ -2,11 +2,11 @@
 
 import pytest
 
-from kernels.layout import WHOLE_ROW
-from quant.checkpoint.output_format import OutputFormat
+from kernels.weight_kinds import WHOLE_ROW
+from quant.checkpoint.format_name import OutputFormat
 from quant.errors import RecipeError
 from quant.method import Method
-from quant.recipe import Recipe, choose_group_size
+from quant.recipe import Recipe, choose_group_size, parse_format, parse_group_size
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,9 @@ from quant.recipe import Recipe, choose_group_size
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_name(field: str, value: object, named: str) -> None:
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(RecipeError, match=named) as refusal:
         Recipe(**{field: value})
+    assert refusal.value.field == field
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -79,6 +80,41 @@ def test_a_row_that_is_asked_for_and_longer_than_the_context_is_refused_with_the
         Recipe(sample_tokens=129).within_context(128)
 
 
-def test_a_method_that_reads_no_text_fits_every_context() -> None:
-    recipe = Recipe(method=Method.RTN, sample_tokens=129)
-    assert recipe.within_context(128) == recipe
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"calibration": "wikitext"}, "--calib"),
+        ({"num_samples": 8}, "--calib-samples"),
+        ({"sample_tokens": 8}, "--calib-seqlen"),
+    ],
+)
+def test_a_method_that_reads_no_text_is_given_none(given: dict[str, object], option: str) -> None:
+    with pytest.raises(RecipeError, match=f"the method rtn reads no calibration text; leave out {option},") as refusal:
+        Recipe(method=Method.RTN, **given)
+    assert refusal.value.field == next(iter(given))
+    assert Recipe(**given).with_method(Method.RTN) == Recipe(method=Method.RTN)
+    assert Recipe(**given).with_method(Method.BEST) == Recipe(method=Method.BEST, **given)
+
+
+def test_a_mix_that_is_none_is_the_fault_of_the_calibration() -> None:
+    with pytest.raises(RecipeError, match=r"add up to 0\.9") as refusal:
+        Recipe(calibration="self:0.5,wikitext:0.4")
+    assert refusal.value.field == "calibration"
+
+
+@pytest.mark.parametrize(("text", "size"), [("auto", None), ("row", WHOLE_ROW), ("64", 64)])
+def test_a_group_size_is_said_in_words_or_as_a_number(text: str, size: int | None) -> None:
+    assert parse_group_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["big", "-64", "6.4", ""])
+def test_a_group_size_that_is_none_is_refused_with_the_choices(text: str) -> None:
+    with pytest.raises(RecipeError, match=f"group size is '{text}'; supported: auto, 128, 64, 32, row") as refusal:
+        parse_group_size(text)
+    assert refusal.value.field == "group_size"
+
+
+def test_a_format_is_said_by_its_name_or_left_open() -> None:
+    assert [parse_format(text) for text in ("auto", "awq")] == [None, OutputFormat.AWQ]
+    with pytest.raises(RecipeError, match="format is 'gptq'; supported: auto, awq, compressed-tensors"):
+        parse_format("gptq")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels.layout import WHOLE_ROW, pack
+from kernels.layout import pack
 from kernels.reference import dequantize
+from kernels.weight_kinds import WHOLE_ROW
 from quant.rounding import GroupRange, codes_of, full_range, grid_of, round_onto, round_plainly
 
 BITS = 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly
 from quant.scale_search import (

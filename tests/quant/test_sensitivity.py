@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import OptionRange
 from quant.capture import embed, run_block
 from quant.model_plan import ModelPlan, plan_model

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kernels.layout import WHOLE_ROW, PackedWeight
+from kernels.layout import PackedWeight
+from kernels.weight_kinds import WHOLE_ROW
 from quant.checkpoint.compressed_tensors import encode
-from quant.checkpoint.output_format import OutputFormat
+from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.dense_checkpoint import load_dense

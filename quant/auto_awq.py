@@ -171,7 +171,7 @@ class ModelToQuantize:
             for file in self._made.iterdir()
             if file.suffix != ".safetensors" and file.name not in (CONFIG_FILE, INDEX_FILE)
         }
-        files[CARD_FILE] = model_card(self.report, out.name, read_licence(self._path))
+        files[CARD_FILE] = model_card(self.report, out.name, read_licence(self._path), str(reader.config["model_type"]))
         num_bytes = sum(file.stat().st_size for file in self._made.iterdir())
         with CheckpointWriter(out, expected_bytes=num_bytes) as writer:
             for name in reader.tensor_names:

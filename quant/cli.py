@@ -13,15 +13,14 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from quant import cli_options as options
 from quant.calibration_mix import SELF_CALIBRATION
 from quant.checkpoint.location import resolve_model
-from quant.checkpoint.output_format import OutputFormat
 from quant.cli_checkpoint import convert_command, inspect_command
 from quant.cli_eval import eval_command
-from quant.errors import RecipeError, Terminated
+from quant.errors import Terminated
 from quant.pipeline import quantize
-from quant.progress import JsonLines, progress_bar
-from quant.recipe import AUTO, Recipe
+from quant.progress import BlockListener, JsonLines, ignore_block, progress_bar
+from quant.recipe import AUTO, Recipe, parse_format, parse_group_size
 from quant.report import layer_table, summary_table
-from quant.terminal import PROGRAM, ProgressFormat, exit_codes, parse_group_size, tell_notice
+from quant.terminal import PROGRAM, ProgressFormat, exit_codes, tell_block, tell_notice
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -56,6 +55,7 @@ def quantize_command(
     max_kl: options.MaxKl = None,
     *,
     no_eval: options.NoEval = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Quantize the model SRC into the new directory OUT.
 
@@ -67,9 +67,7 @@ def quantize_command(
 
         awq-serve quantize ./model ./model-awq --calib wikitext:0.5,self:0.5 --max-kl 0.2
 
-        awq-serve quantize ./model ./model-rtn --method rtn --no-eval
-
-        awq-serve quantize ./model ./model-w8 --bits 8 --group-size row
+        awq-serve quantize ./model ./model-w8 --bits 8 --group-size row -v
 
         awq-serve quantize ./model ./model-mixed --target-bpw 4.5 --lm-head 8
     """
@@ -84,11 +82,12 @@ def quantize_command(
             num_windows=0 if no_eval else Recipe.num_windows,
             seed=seed,
             max_kl=max_kl,
-            format=_parse_format(output_format),
+            format=parse_format(output_format),
             target_bpw=target_bpw,
             lm_head=lm_head,
         )
-        _run(recipe, resolve_model(source), output, progress_format)
+        blocks = _block_listener(progress_format) if verbose else ignore_block
+        _run(recipe, resolve_model(source), output, progress_format, blocks)
 
 
 def main() -> None:
@@ -102,14 +101,18 @@ def main() -> None:
     app(prog_name=PROGRAM)
 
 
-def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFormat) -> None:
+def _block_listener(progress_format: ProgressFormat) -> BlockListener:
+    return JsonLines(sys.stdout).on_block if progress_format is ProgressFormat.JSON else tell_block
+
+
+def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFormat, on_block: BlockListener) -> None:
     if progress_format is ProgressFormat.JSON:
         lines = JsonLines(sys.stdout)
-        report = quantize(recipe, source, output, lines.on_progress, tell_notice)
+        report = quantize(recipe, source, output, lines.on_progress, lines.on_notice, on_block)
         lines.on_done(str(output), report.to_json())
         return
     with progress_bar(Console(stderr=True)) as listener:
-        report = quantize(recipe, source, output, listener, tell_notice)
+        report = quantize(recipe, source, output, listener, tell_notice, on_block)
     console = Console()
     if report.layers:
         console.print(layer_table(report))
@@ -117,14 +120,6 @@ def _run(recipe: Recipe, source: Path, output: Path, progress_format: ProgressFo
     for note in report.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(f"written to {output}", soft_wrap=True)
-
-
-def _parse_format(text: str) -> OutputFormat | None:
-    if text == AUTO:
-        return None
-    if text not in list(OutputFormat):
-        raise RecipeError(f"format is {text!r}; supported: {AUTO}, {', '.join(OutputFormat)}")
-    return OutputFormat(text)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -47,4 +47,7 @@ CalibSeqlen = Annotated[int | None, typer.Option(help="tokens per calibration ro
 Seed = Annotated[int, typer.Option(help="seed of the text that the model writes")]
 Progress = Annotated[ProgressFormat, typer.Option(help="how progress is told")]
 MaxKl = Annotated[float | None, typer.Option(help="refuse a result whose mean KL to the original, in nats, is higher")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="tell each linear's formula and error as soon as its block is finished")
+]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="measure nothing on held-out text")]

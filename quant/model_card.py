@@ -11,15 +11,17 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub.repocard import metadata_load
 
-from kernels.layout import WHOLE_ROW
+from kernels.weight_kinds import WHOLE_ROW
 from quant.calibration_mix import without_directories
-from quant.checkpoint.output_format import OutputFormat
+from quant.checkpoint.format_name import OutputFormat
 from quant.method import Method
 from quant.recipe import AUTO, ROW
 from quant.report import HeldOutQuality, Report, describe_origins, describe_rounding
 
 CARD_FILE = "README.md"
 PROGRAM = "awq-serve"
+# the families that `serve` serves; the server's own table must say the same (tests/quant/test_model_card.py)
+SERVED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # what a card states of its licence; all of it goes along
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
@@ -37,14 +39,17 @@ def read_licence(source: Path) -> dict[str, str]:
     return {name: stated[name] for name in LICENCE_FIELDS if isinstance(stated.get(name), str)}
 
 
-def model_card(report: Report, name: str, licence: Mapping[str, str]) -> bytes:
-    """README.md of the checkpoint called `name`, in UTF-8. licence: what read_licence gives of the original."""
+def model_card(report: Report, name: str, licence: Mapping[str, str], model_type: str) -> bytes:
+    """README.md of the checkpoint called `name`, in UTF-8. licence: what read_licence gives of the original.
+
+    model_type: the family, as config.json calls it; who serves a checkpoint depends on it.
+    """
     sections = (
         _front_matter(report, licence),
         _introduction(report, name),
         _quality(report.held_out),
         _recipe(report, name),
-        _loading(name),
+        _loading(name, model_type),
     )
     return ("\n\n".join(sections) + "\n").encode()
 
@@ -128,9 +133,13 @@ def recipe_options(report: Report) -> list[str]:
     return options if recipe.num_windows else [*options, "--no-eval"]
 
 
-def _loading(name: str) -> str:
+def _loading(name: str, model_type: str) -> str:
+    by_vllm = f"    vllm serve {shlex.quote(name)}"
+    if model_type in SERVED_TYPES:
+        return f"## Load it\n\n    {PROGRAM} serve {shlex.quote(name)}\n\nor with vLLM:\n\n{by_vllm}"
     return (
-        f"## Load it\n\n    {PROGRAM} serve {shlex.quote(name)}\n\nor with vLLM:\n\n    vllm serve {shlex.quote(name)}"
+        f"## Load it\n\nWith vLLM, if it knows `{model_type}` with weights like these; `{PROGRAM} serve` does not "
+        f"serve this family:\n\n{by_vllm}"
     )
 
 

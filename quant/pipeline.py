@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from kernels.layout import WHOLE_ROW, PackedWeight
+from kernels.layout import PackedWeight
+from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import OptionRange, Shape, budget_of
 from quant.block import check_finite, plain_parameters, round_block_plainly, round_plain_parameters
 from quant.block_groups import share_inputs
@@ -27,7 +28,14 @@ from quant.model_card import CARD_FILE, model_card, read_licence
 from quant.model_plan import ModelPlan, mix, plain_names, plan_model, shortcomings
 from quant.model_structure import stored_modules, stored_tensors
 from quant.output_head import round_head_plainly, search_head
-from quant.progress import ProgressListener, ProgressMeter, ignore_notice, ignore_progress
+from quant.progress import (
+    BlockListener,
+    ProgressListener,
+    ProgressMeter,
+    ignore_block,
+    ignore_notice,
+    ignore_progress,
+)
 from quant.recipe import Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report, shares_of
 from quant.resume import FinishedBlock, FinishedWork, replay_block, run_digest
@@ -52,6 +60,7 @@ class Job:
     writer: CheckpointWriter
     finished: FinishedWork
     meter: ProgressMeter
+    on_block: BlockListener
     num_resumed: int
     start_s: float
 
@@ -72,13 +81,14 @@ def quantize(
     out: Path,
     listener: ProgressListener = ignore_progress,
     on_notice: Callable[[str], None] = ignore_notice,
+    on_block: BlockListener = ignore_block,
 ) -> Report:
     """Quantize the model at source_path (a directory or a .gguf file) into the new directory out.
 
     `out` appears whole or not at all. A run that was killed, or whose disk filled up, goes on after the last block it
-    finished when the same is asked for again; on_notice hears so, in sentences. Raises RecipeError, SourceError,
-    OutputError or CheckpointError for bad input before the long work starts, QuantizationError when a result is not
-    finite, or worse than the recipe allows.
+    finished when the same is asked for again; on_notice hears so, in sentences. on_block hears of every block that is
+    searched. Raises RecipeError, SourceError, OutputError or CheckpointError for bad input before the long work starts,
+    QuantizationError when a result is not finite, or worse than the recipe allows.
     """
     start_s = time.monotonic()
     check_place(out)
@@ -103,7 +113,7 @@ def quantize(
         if num_resumed:
             on_notice(_resumption(num_resumed, len(plan.blocks)))
             start_s -= finished.read_block(num_resumed - 1).seconds
-        job = Job(recipe, source, plan, writer, finished, meter, num_resumed, start_s)
+        job = Job(recipe, source, plan, writer, finished, meter, on_block, num_resumed, start_s)
         tokens = _tokens(job, texts) if recipe.steps.calibrates else None
         if tokens is not None and budget_bits is not None:
             job = replace(job, plan=_mix(job, tokens, budget_bits))
@@ -111,7 +121,7 @@ def quantize(
         numbers = _round_blocks(job) if tokens is None else _search_blocks(job, tokens)
         _write_outer_tensors(job)
         report = _report(job, numbers, measure())
-        card = model_card(report, out.name, read_licence(source_path))
+        card = model_card(report, out.name, read_licence(source_path), source.config.model_type)
         made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card}
         writer.commit(_checkpoint_config(job), files={**files, **made})
     return report
@@ -216,6 +226,7 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
             outcome = search_block(block, block_name, index, streams, plan)
             streams = outcome.next_streams
             done = _finish(job, index, outcome.packed, SearchNumbers(layers=outcome.layers, blocks=(outcome.error,)))
+            job.on_block(outcome.error, outcome.layers)
         layers += done.layers
         errors += done.errors
         _write_block(job, index, done)

@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from quant.report import BlockError, LayerLoss
 
 
 class ProgressListener(Protocol):
@@ -17,6 +19,16 @@ class ProgressListener(Protocol):
 
 
 def ignore_progress(phase: str, done: int, total: int, seconds_left: float | None) -> None:
+    """A listener for callers that do not look."""
+
+
+class BlockListener(Protocol):
+    """Hears of a block that is finished, and of its linears."""
+
+    def __call__(self, block: BlockError, layers: Sequence[LayerLoss]) -> None: ...
+
+
+def ignore_block(block: BlockError, layers: Sequence[LayerLoss]) -> None:
     """A listener for callers that do not look."""
 
 
@@ -57,6 +69,16 @@ class JsonLines:
         """{"event": "progress", "phase", "done", "total", "seconds_left": seconds or null}"""
         rounded = None if seconds_left is None else round(seconds_left, 1)
         self._write({"event": "progress", "phase": phase, "done": done, "total": total, "seconds_left": rounded})
+
+    def on_notice(self, message: str) -> None:
+        """{"event": "notice", "message": sentence}"""
+        self._write({"event": "notice", "message": message})
+
+    def on_block(self, block: BlockError, layers: Sequence[LayerLoss]) -> None:
+        """{"event": "block", "block", "plain", "chosen", "kept", "layers": [{"name", "formula", "plain", "chosen"}]}"""
+        lines = [{name: getattr(layer, name) for name in ("name", "formula", "plain", "chosen")} for layer in layers]
+        errors = {"plain": block.plain, "chosen": block.chosen, "kept": block.kept}
+        self._write({"event": "block", "block": block.name, **errors, "layers": lines})
 
     def on_done(self, output: str, report: Mapping[str, object]) -> None:
         """{"event": "done", "output": path, "report": {...}}"""

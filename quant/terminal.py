@@ -1,7 +1,7 @@
-"""What the quantizer's commands share at a terminal: how they tell progress, failures, exit codes and group sizes."""
+"""What the quantizer's commands share at a terminal: how they tell progress, failures and exit codes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -9,11 +9,10 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from kernels.layout import WHOLE_ROW
 from quant.checkpoint.writer import has_finished_work
-from quant.errors import QuantError, RecipeError, Terminated
+from quant.errors import QuantError, Terminated
 from quant.progress import JsonLines
-from quant.recipe import AUTO, GROUP_SIZES, ROW
+from quant.report import BlockError, LayerLoss
 
 PROGRAM = "awq-serve"
 EXIT_INTERRUPTED = 130
@@ -38,9 +37,7 @@ def exit_codes(progress_format: ProgressFormat, out: Path | None = None) -> Iter
         _tell_failure(str(error), progress_format)
         raise typer.Exit(error.exit_code) from error
     except Terminated as error:
-        is_kept = out is not None and has_finished_work(out)
-        sentence = "terminated; the same command goes on with what was finished" if is_kept else "terminated"
-        _tell_failure(sentence, progress_format)
+        _tell_failure(_describe_end(error, out), progress_format)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     except KeyboardInterrupt as error:
         _tell_failure("interrupted; nothing was written", progress_format)
@@ -48,19 +45,32 @@ def exit_codes(progress_format: ProgressFormat, out: Path | None = None) -> Iter
 
 
 def tell_notice(sentence: str) -> None:
-    """What a run has to say on its way: on stderr, where programs that read JSON lines are not disturbed by it."""
-    Console(stderr=True).print(f"{PROGRAM}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    """What a run has to say on its way, on stderr: stdout has only its result."""
+    _tell(f"{PROGRAM}: {sentence}")
 
 
-def parse_group_size(text: str) -> int | None:
-    """What `--group-size` says, as a Recipe takes it. Raises RecipeError when it is no size."""
-    if text == AUTO:
-        return None
-    if text == ROW:
-        return WHOLE_ROW
-    if not text.isdecimal():
-        raise RecipeError(f"group size is {text!r}; supported: {AUTO}, {', '.join(map(str, GROUP_SIZES))}, {ROW}")
-    return int(text)
+def tell_block(block: BlockError, layers: Sequence[LayerLoss]) -> None:
+    """A line for each linear of a finished block, on stderr: its formula, its error by plain rounding and now."""
+    width = max((len(layer.name) for layer in layers), default=0)
+    for layer in layers:
+        errors = f"{layer.plain:.6f} -> {layer.chosen:.6f}"
+        _tell(f"{layer.name:<{width}}  {layer.formula}  {errors}  {block.kept}")
+    _tell(f"{block.name:<{width}}  block  {block.plain:.6f} -> {block.chosen:.6f}  {block.kept}")
+
+
+def _tell(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe_end(error: Terminated, out: Path | None) -> str:
+    """What a termination leaves. Work that lies beside `out` may be another recipe's, or another run's under way."""
+    if out is None:
+        return "terminated"
+    if error.kept_for == out.absolute():
+        return "terminated; the same command goes on with what was finished"
+    if has_finished_work(out):
+        return f"terminated; what another run for {out} had finished is left as it was"
+    return "terminated"
 
 
 def _tell_failure(message: str, progress_format: ProgressFormat) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.layout import PackedWeight
-from quant.checkpoint.output_format import ENCODERS, OutputFormat, quantization_config
+from quant.checkpoint.format_name import OutputFormat
+from quant.checkpoint.output_format import ENCODERS, quantization_config
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.stored_module import PackedSpec, spec_of
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
@@ -91,6 +92,8 @@ class CheckpointWriter:
         if isinstance(error, PASSING_ERRORS) and self.finished.exists():
             shutil.rmtree(self.directory, ignore_errors=True)
             self._folder.release()
+            if isinstance(error, Terminated):
+                error.kept_for = self._out
         else:
             self._folder.remove()
 
@@ -233,7 +236,7 @@ def check_place(out: Path) -> None:
 
 
 def has_finished_work(out: Path) -> bool:
-    """Whether a run for `out` that ended early left finished work beside it."""
+    """Whether finished work lies beside `out`, whatever the run for `out` it is of."""
     return any((folder / FINISHED_FOLDER).is_dir() for folder in folders_for(out.absolute()))
 
 

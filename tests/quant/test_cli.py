@@ -44,17 +44,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_json_progress_is_one_event_a_line_and_ends_with_the_report(model: Path, tmp_path: Path) -> None:
-    process = start(["quantize", str(model), str(tmp_path / "out"), *SMALL, "--progress-format", "json"])
+    process = start(["quantize", str(model), str(tmp_path / "out"), *SMALL, "--progress-format", "json", "--verbose"])
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     events = [json.loads(line) for line in output.splitlines()]
-    *progress, done = events
+    blocks = [event for event in events if event["event"] == "block"]
+    *progress, done = (event for event in events if event["event"] != "block")
     assert all(set(event) == {"event", "phase", "done", "total", "seconds_left"} for event in progress)
     assert list(dict.fromkeys(event["phase"] for event in progress)) == ["load", "calibrate", "evaluate", "quantize"]
     assert done["event"] == "done"
     assert done["output"] == str(tmp_path / "out")
     assert done["report"]["recipe"]["num_samples"] == 4
     CheckpointReader.open(tmp_path / "out")
+    # each block that was finished, with the numbers that its linears have in the report
+    assert [(block["block"], block["kept"]) for block in blocks] == [
+        (block["name"], block["kept"]) for block in done["report"]["blocks"]
+    ]
+    assert [layer for block in blocks for layer in block["layers"]] == [
+        {name: layer[name] for name in ("name", "formula", "plain", "chosen")} for layer in done["report"]["layers"]
+    ]
 
 
 def test_people_are_told_of_an_architecture_without_a_row(tmp_path: Path) -> None:
@@ -64,9 +72,18 @@ def test_people_are_told_of_an_architecture_without_a_row(tmp_path: Path) -> Non
     assert "stablelm has no row in the table of architectures" in result.stdout
 
 
-def test_people_get_the_tables_on_stdout(model: Path, tmp_path: Path) -> None:
-    result = invoke("quantize", str(model), str(tmp_path / "out"), *SMALL, "--no-eval")
+def test_people_get_the_tables_on_stdout_and_each_linear_on_stderr_if_they_want(model: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", str(model), str(tmp_path / "out"), *SMALL, "--no-eval", "-v")
     assert result.exit_code == 0, result.output
+    told = [line.split() for line in result.stderr.splitlines() if " -> " in line]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    per_layer = [
+        [layer["name"], *layer["formula"].split(), f"{layer['plain']:.6f}", "->", f"{layer['chosen']:.6f}"]
+        for layer in report["layers"]
+    ]
+    assert [line[:-1] for line in told if "block" not in line] == per_layer
+    assert {line[-1] for line in told} <= {"searched", "plain"}
+    assert [line[0] for line in told if "block" in line] == [block["name"] for block in report["blocks"]]
     assert "mlp.down_proj" in result.stdout
     assert "4.312" in result.stdout
     assert "perplexity" not in result.stdout
@@ -99,6 +116,10 @@ def test_a_target_and_a_head_are_what_was_asked_for(model: Path, tmp_path: Path)
         (("--group-size", "128"), "group size 128 does not divide the 64 in features of"),
         (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32, row"),
         (("--bits", "5"), "bits is 5; supported: 3, 4, 8"),
+        (
+            ("--method", "rtn", "--calib", "wikitext"),
+            "the method rtn reads no calibration text; leave out --calib, or choose another method",
+        ),
         (("--format", "gptq"), "format is 'gptq'; supported: auto, awq, compressed-tensors"),
         (
             ("--bits", "8", "--format", "awq"),

@@ -12,13 +12,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from quant.checkpoint.output_format import OutputFormat
+from quant.checkpoint.format_name import OutputFormat
 from quant.cli import app
 from quant.method import Method
-from quant.model_card import model_card, read_licence, recipe_options
+from quant.model_card import SERVED_TYPES, model_card, read_licence, recipe_options
 from quant.pipeline import quantize
 from quant.recipe import Recipe
 from quant.report import CalibrationOrigin, CalibrationSummary, GroupingShare, HeldOutQuality, Report
+from server.model.architectures import ARCHITECTURE_OF_TYPE
 from tests.tiny_models import save_tiny_model
 
 REPORT = Report(
@@ -49,7 +50,7 @@ def command_of(card: bytes) -> list[str]:
 
 
 def test_the_hub_reads_where_a_model_of_the_hub_comes_from() -> None:
-    card = front_matter(model_card(replace(REPORT, source="owner/Tiny-1B"), "Tiny-1B-awq", {"license": "mit"}))
+    card = front_matter(model_card(replace(REPORT, source="owner/Tiny-1B"), "Tiny-1B-awq", {"license": "mit"}, "llama"))
 
     assert card["base_model"] == "owner/Tiny-1B"
     assert card["base_model_relation"] == "quantized"
@@ -58,35 +59,49 @@ def test_the_hub_reads_where_a_model_of_the_hub_comes_from() -> None:
 
 
 def test_a_local_model_has_no_base_model_and_no_licence_that_was_not_stated() -> None:
-    card = front_matter(model_card(REPORT, "Tiny-1B-awq", {}))
+    card = front_matter(model_card(REPORT, "Tiny-1B-awq", {}, "llama"))
     assert not {"base_model", "license"} & set(card)
 
 
 def test_no_place_on_the_machine_is_named() -> None:
-    card = model_card(REPORT, "Tiny-1B-awq", {}).decode()
+    card = model_card(REPORT, "Tiny-1B-awq", {}, "llama").decode()
     assert "somebody" not in card
     assert command_of(card.encode())[2:4] == ["Tiny-1B", "Tiny-1B-awq"]
     assert "50 % text.txt, 50 % text by the model itself" in card
 
 
 def test_the_measured_quality_is_a_table() -> None:
-    card = model_card(REPORT, "Tiny-1B-awq", {}).decode()
+    card = model_card(REPORT, "Tiny-1B-awq", {}, "llama").decode()
     assert "| original | 10.000 | | |" in card
     assert "| this one | 11.000 | 0.06250 | 75.00 % |" in card
     assert "2 windows of 512 tokens" in card
-    assert "Not measured" in model_card(replace(REPORT, held_out=None), "Tiny-1B-awq", {}).decode()
+    assert "Not measured" in model_card(replace(REPORT, held_out=None), "Tiny-1B-awq", {}, "llama").decode()
 
 
 def test_the_card_says_how_to_load_it() -> None:
-    card = model_card(REPORT, "my model", {}).decode()
+    card = model_card(REPORT, "my model", {}, "llama").decode()
     assert "    awq-serve serve 'my model'" in card
     assert "    vllm serve 'my model'" in card
 
 
+def test_a_family_that_the_server_does_not_serve_is_sent_elsewhere() -> None:
+    card = model_card(REPORT, "opt-awq", {}, "opt").decode()
+    assert "    awq-serve serve" not in card
+    assert "`awq-serve serve` does not serve this family" in card
+    assert "    vllm serve opt-awq" in card
+
+
+def test_the_families_that_the_card_takes_for_served_are_those_of_the_server() -> None:
+    assert set(SERVED_TYPES) == set(ARCHITECTURE_OF_TYPE)
+
+
 def test_the_card_says_how_the_weights_are_stored() -> None:
-    assert "in 4 bits, groups of 64: AWQ `gemm` format, 4.31 bits a weight" in model_card(REPORT, "x", {}).decode()
+    assert (
+        "in 4 bits, groups of 64: AWQ `gemm` format, 4.31 bits a weight"
+        in model_card(REPORT, "x", {}, "llama").decode()
+    )
     row = replace(REPORT, recipe=replace(REPORT.recipe, bits=8), group_size=-1, bits_per_weight=8.04)
-    card = model_card(row, "x", {})
+    card = model_card(row, "x", {}, "llama")
     assert "in 8 bits, one scale a row: compressed-tensors `pack-quantized` format, 8.04 bits" in card.decode()
     assert "--group-size row" in card.decode()
 
@@ -95,7 +110,7 @@ def test_the_card_of_a_mixture_says_what_share_of_the_weights_has_how_many_bits(
     mixture = (GroupingShare(4, -1, 3, 600), GroupingShare(4, 64, 2, 300), GroupingShare(8, 32, 1, 100))
     recipe = replace(REPORT.recipe, target_bpw=4.5, lm_head=8)
 
-    card = model_card(replace(REPORT, recipe=recipe, mixture=mixture, bits_per_weight=4.49), "x", {}).decode()
+    card = model_card(replace(REPORT, recipe=recipe, mixture=mixture, bits_per_weight=4.49), "x", {}, "llama").decode()
 
     shares = "4 bits, one scale a row (60 %); 4 bits, groups of 64 (30 %); 8 bits, groups of 32 (10 %)"
     assert f"in {shares}: compressed-tensors `pack-quantized` format, 4.49 bits a weight" in card
@@ -132,7 +147,7 @@ def test_a_model_without_a_card_states_no_licence(tmp_path: Path) -> None:
 
 
 def test_strange_names_stay_what_they_are_in_the_front_matter() -> None:
-    card = model_card(replace(REPORT, source="owner/yes"), "x", {"license": 'a: "b"\n---'})
+    card = model_card(replace(REPORT, source="owner/yes"), "x", {"license": 'a: "b"\n---'}, "llama")
     assert yaml.safe_load(card.decode().split("\n---\n")[0])["license"] == 'a: "b"\n---'
 
 
@@ -158,7 +173,7 @@ def test_the_command_of_the_card_makes_the_same_checkpoint(tmp_path: Path, monke
 def test_every_choice_of_a_recipe_is_in_the_command() -> None:
     # given recipes that differ in one field each
     changed = {
-        "method": Method.RTN,
+        "method": Method.BEST,
         "bits": 8,
         "format": OutputFormat.COMPRESSED_TENSORS,
         "group_size": None,  # the report says what it came to

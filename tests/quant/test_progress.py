@@ -4,6 +4,7 @@ import io
 import json
 
 from quant.progress import JsonLines, ProgressMeter
+from quant.report import BlockError, LayerLoss
 
 
 def test_the_time_left_is_that_of_the_phase_at_its_speed_so_far() -> None:
@@ -31,11 +32,23 @@ def test_each_event_is_one_json_object_on_a_line() -> None:
     lines = JsonLines(stream)
     lines.on_progress("quantize", 1, 30, 12.345)
     lines.on_progress("load", 0, 1, None)
+    lines.on_notice("resuming at block 3 of 30")
+    layer = LayerLoss("model.layers.2.mlp.up_proj", "x^0.45", 0.5, 0.25)
+    lines.on_block(BlockError("model.layers.2", 0.75, 0.5, "searched"), [layer])
     lines.on_done("out", {"bits_per_weight": 4.3})
     lines.on_failed("no such model\nat all")
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == [
         {"event": "progress", "phase": "quantize", "done": 1, "total": 30, "seconds_left": 12.3},
         {"event": "progress", "phase": "load", "done": 0, "total": 1, "seconds_left": None},
+        {"event": "notice", "message": "resuming at block 3 of 30"},
+        {
+            "event": "block",
+            "block": "model.layers.2",
+            "plain": 0.75,
+            "chosen": 0.5,
+            "kept": "searched",
+            "layers": [{"name": "model.layers.2.mlp.up_proj", "formula": "x^0.45", "plain": 0.5, "chosen": 0.25}],
+        },
         {"event": "done", "output": "out", "report": {"bits_per_weight": 4.3}},
         {"event": "failed", "message": "no such model\nat all"},
     ]

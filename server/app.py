@@ -12,6 +12,7 @@ from server.api.completions import route as completions
 from server.api.errors import install_error_handlers
 from server.api.host_check import HostCheck
 from server.api.jobs import route as jobs
+from server.api.jobs.following import JobFollower
 from server.api.jobs.places import JobPlaces
 from server.api.jobs.serving import QuantizeJobs
 from server.api.limits import BodyLimit
@@ -67,7 +68,8 @@ def create_app(
     )
     places = JobPlaces(settings.models_dir, settings.model_roots)
     app.state.job_supervisor = supervisor
-    app.state.quantize_jobs = QuantizeJobs(job_store, places, supervisor.wake)
+    follower = JobFollower(job_store, supervisor.news)
+    app.state.quantize_jobs = QuantizeJobs(job_store, places, supervisor.wake, follower)
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(HostCheck, settings=settings)

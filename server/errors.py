@@ -12,6 +12,7 @@ ServerError
 ├── UnsupportedMediaType    415 invalid_request_error
 ├── QueueFull               429 rate_limit_error, Retry-After
 ├── EngineUnavailable       503 service_unavailable, Retry-After (loading, restarting, draining, or died at the request)
+├── ShuttingDown            503 service_unavailable, Retry-After (a stream that the server's end cuts short)
 ├── TooManyConnections      503 service_unavailable, Retry-After
 ├── JobStoreUnavailable     503 service_unavailable, Retry-After (the job file cannot be read or written)
 └── GenerationFailed        500 server_error
@@ -91,6 +92,13 @@ class EngineUnavailable(ServerError):
     status = 503
     type = "service_unavailable"
     default_code = "engine_unavailable"
+    retry_after_seconds = 2
+
+
+class ShuttingDown(ServerError):
+    status = 503
+    type = "service_unavailable"
+    default_code = "shutting_down"
     retry_after_seconds = 2
 
 

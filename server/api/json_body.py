@@ -37,12 +37,20 @@ def check_content_type(header: str | None) -> None:
 
     Any web page may have a browser send other types here, without asking; for this one a browser asks first.
     """
-    media_type = (header or "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not (
-        media_type.startswith("application/") and media_type.endswith("+json")
-    ):
+    if not is_json_type(header):
+        media_type = _media_type(header)
         said = f"it is {describe(media_type)}" if media_type else "there is none"
         raise UnsupportedMediaType(f"the header Content-Type must be application/json, and {said}")
+
+
+def is_json_type(header: str | None) -> bool:
+    """Whether a Content-Type says that a body is JSON."""
+    media_type = _media_type(header)
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+
+
+def _media_type(header: str | None) -> str:
+    return (header or "").partition(";")[0].strip().lower()
 
 
 def parse_body(content: bytes, schema: type[Body]) -> Body:

@@ -14,12 +14,20 @@ from server.errors import ServerError
 Answer = TypeVar("Answer")
 
 DONE = b"data: [DONE]\n\n"
+# a comment, which clients skip, and how long they wait before they come again after a connection that broke
+HEARTBEAT = b": still here\n\n"
+RECONNECT = b"retry: 2000\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def frame(payload: object) -> bytes:
     """One event with a JSON payload."""
     return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def numbered_frame(number: int, payload: object) -> bytes:
+    """One event that a client can name as the last it has seen, in the header Last-Event-ID."""
+    return b"id: %d\n" % number + frame(payload)
 
 
 class EventStream(Response):

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from server.jobs.events import DoneEvent, FailedEvent, ProgressEvent, parse_event
+from server.jobs.events import DoneEvent, FailedEvent, WorkEvent, parse_event
 
 # the report of a model with hundreds of layers is one line; more than this is a fault
 MAX_LINE_BYTES = 16 * 2**20
@@ -69,9 +69,9 @@ class QuantizerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    async def follow(self, on_progress: Callable[[ProgressEvent], Awaitable[None]]) -> QuantizerExit:
-        """Read both pipes to their end, hand on progress, and return how it ended. Call it once."""
-        await asyncio.gather(self._read_events(on_progress), self._read_errors(), self._sweep_group())
+    async def follow(self, on_event: Callable[[WorkEvent], Awaitable[None]]) -> QuantizerExit:
+        """Read both pipes to their end, hand on what it says of its work, and return how it ended. Call it once."""
+        await asyncio.gather(self._read_events(on_event), self._read_errors(), self._sweep_group())
         returncode = await self._process.wait()
         return QuantizerExit(returncode, self._report_json, self._failure, tuple(self._tail))
 
@@ -83,11 +83,11 @@ class QuantizerProcess:
         except TimeoutError:
             self._signal_group(signal.SIGKILL)
 
-    async def _read_events(self, on_progress: Callable[[ProgressEvent], Awaitable[None]]) -> None:
+    async def _read_events(self, on_event: Callable[[WorkEvent], Awaitable[None]]) -> None:
         async for line in _lines(self._process.stdout):
             event = parse_event(line)
-            if isinstance(event, ProgressEvent):
-                await on_progress(event)
+            if isinstance(event, WorkEvent):
+                await on_event(event)
             elif isinstance(event, DoneEvent):
                 self._report_json = bytes(event.report).decode()
             elif isinstance(event, FailedEvent):

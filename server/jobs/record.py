@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal
-
-Method = Literal["awq+gptq", "best", "awq", "gptq", "rtn"]
 
 
 class JobState(Enum):
@@ -33,20 +30,26 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 
 @dataclass(frozen=True)
 class JobRecipe:
-    """What to quantize, how, and where the result goes. None leaves a value to the quantizer.
+    """What to quantize, how, and where the result goes, in the words of the quantizer's command line.
 
     source: a model directory, a GGUF file or a hub name. output: an absolute path that does not exist yet.
-    calib_samples, calib_seqlen: that many rows of calibration text, of that many tokens each.
+    The others are the options of `awq-serve quantize`, checked already; None leaves one out.
     """
 
     source: str
     output: Path
     bits: int
-    group_size: int | None
-    method: Method
+    group_size: int | str
+    method: str
     calib: str
     calib_samples: int | None = None
     calib_seqlen: int | None = None
+    seed: int = 0
+    format: str = "auto"
+    target_bpw: float | None = None
+    lm_head: int | None = None
+    max_kl: float | None = None
+    no_eval: bool = False
 
 
 @dataclass(frozen=True)

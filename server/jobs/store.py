@@ -8,14 +8,15 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import Conflict, InvalidRequest, JobStoreUnavailable, NotFound, QueueFull
+from server.jobs.event_log import EventKind, JobEvent, append_event, read_events
 from server.jobs.record import TRANSITIONS, JobProgress, JobRecipe, JobRecord, JobState
-from server.jobs.table import SCHEMA, SCHEMA_VERSION, job_from_row
+from server.jobs.table import job_from_row, prepare_tables, row_from_recipe
 
 BUSY_TIMEOUT_SECONDS = 10.0
 # a queue this long is days of work on one box; more is a client in a loop
@@ -57,7 +58,8 @@ class JobStore:
             self._connection.execute("PRAGMA journal_mode = WAL")
             # an acknowledged job survives a power cut too; it costs one fsync a job, which nobody notices
             self._connection.execute("PRAGMA synchronous = FULL")
-            self._create_tables()
+        with self._transaction() as connection:
+            prepare_tables(connection, path)
 
     def close(self) -> None:
         with self._lock:
@@ -118,23 +120,40 @@ class JobStore:
     def record_progress(self, job_id: str, progress: JobProgress) -> None:
         """Note how far a running job is; without effect on a job that no longer runs."""
         with self._transaction() as connection:
-            connection.execute(
-                "UPDATE jobs SET phase = ?, done = ?, total = ?, seconds_left = ? WHERE id = ? AND state = 'running'",
-                (progress.phase, progress.done, progress.total, progress.seconds_left, job_id),
-            )
+            if _is_running(connection, job_id):
+                connection.execute(
+                    "UPDATE jobs SET phase = ?, done = ?, total = ?, seconds_left = ? WHERE id = ?",
+                    (progress.phase, progress.done, progress.total, progress.seconds_left, job_id),
+                )
+                append_event(connection, job_id, EventKind.PROGRESS, vars(progress))
+
+    def record_event(self, job_id: str, kind: EventKind, data: Mapping[str, object]) -> None:
+        """Note what a running job says; without effect on a job that no longer runs."""
+        with self._transaction() as connection:
+            if _is_running(connection, job_id):
+                append_event(connection, job_id, kind, data)
+
+    def events_after(self, job_id: str, number: int) -> tuple[JobEvent, ...]:
+        """What has happened to a job since the event of that number, the oldest first, some of it if it is much."""
+        with self._reading() as connection:
+            return read_events(connection, job_id, number)
 
     def request_cancel(self, job_id: str) -> JobRecord:
         """Cancel a queued job at once; note the wish on a running one, whose supervisor stops the quantizer.
 
-        Raises NotFound for an unknown job, Conflict for one that is over.
+        Whoever asks again is told the same. Raises NotFound for an unknown job, Conflict for one that ended otherwise.
         """
-        now = int(time.time())
         with self._transaction() as connection:
-            query = "UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, ?) WHERE id = ? RETURNING *"
-            row = connection.execute(query, (now, job_id)).fetchone()
-            job = job_from_row(row if row is not None else _find(connection, job_id))
-            if job.state is JobState.RUNNING:
+            job = job_from_row(_find(connection, job_id))
+            if job.state is JobState.CANCELLED or (job.state is JobState.RUNNING and job.cancel_requested_at):
                 return job
+            now = int(time.time())
+            query = "UPDATE jobs SET cancel_requested_at = ? WHERE id = ? RETURNING *"
+            row = connection.execute(query, (now, job_id)).fetchone()
+            if job.state is JobState.RUNNING:
+                wish = {"status": job.state.value, "cancel_requested_at": now}
+                append_event(connection, job_id, EventKind.STATE, wish)
+                return job_from_row(row)
             return _move(connection, job_id, (JobState.QUEUED, JobState.CANCELLED))
 
     def succeed(self, job_id: str, report_json: str | None) -> JobRecord:
@@ -157,15 +176,6 @@ class JobStore:
         reset = "num_starts = ?, phase = NULL, done = NULL, total = NULL, seconds_left = NULL"
         with self._transaction() as connection:
             return _move(connection, job_id, (JobState.RUNNING, JobState.QUEUED), reset, num_starts)
-
-    def _create_tables(self) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise JobStoreUnavailable(
-                f"{self.path} holds jobs in version {version}, and this awq-serve reads version {SCHEMA_VERSION}; "
-                "run the awq-serve that wrote it, or move the file away"
-            )
-        self._connection.executescript(f"{SCHEMA} PRAGMA user_version = {SCHEMA_VERSION};")
 
     def _check_room(self, connection: sqlite3.Connection) -> None:
         num_queued = connection.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
@@ -198,6 +208,11 @@ def _find(connection: sqlite3.Connection, job_id: str) -> sqlite3.Row:
     return row
 
 
+def _is_running(connection: sqlite3.Connection, job_id: str) -> bool:
+    query = "SELECT 1 FROM jobs WHERE id = ? AND state = 'running'"
+    return connection.execute(query, (job_id,)).fetchone() is not None
+
+
 def _number_of(connection: sqlite3.Connection, job_id: str | None) -> int:
     """The running number of a job; for None, one that is larger than any."""
     if job_id is None:
@@ -224,6 +239,7 @@ def _move(
     now = int(time.time())
     row = connection.execute(query, (target.value, now, *values, job_id, source.value)).fetchone()
     if row is not None:
+        append_event(connection, job_id, EventKind.STATE, {"status": target.value})
         return job_from_row(row)
     state = _find(connection, job_id)["state"]
     raise Conflict(f"job {job_id} is {state}, and only a {source.value} one can become {target.value}")
@@ -234,14 +250,7 @@ def _insert(connection: sqlite3.Connection, recipe: JobRecipe, idempotency: Idem
     values = {
         "id": f"qjob-{uuid.uuid4().hex}",
         "state": JobState.QUEUED.value,
-        "source": recipe.source,
-        "output": str(recipe.output),
-        "bits": recipe.bits,
-        "group_size": recipe.group_size,
-        "method": recipe.method,
-        "calib": recipe.calib,
-        "calib_samples": recipe.calib_samples,
-        "calib_seqlen": recipe.calib_seqlen,
+        **row_from_recipe(recipe),
         "idempotency_key": idempotency.key if idempotency else None,
         "request_digest": idempotency.request_digest if idempotency else None,
         "created_at": now,
@@ -249,9 +258,9 @@ def _insert(connection: sqlite3.Connection, recipe: JobRecipe, idempotency: Idem
     }
     columns = ", ".join(values)
     places = ", ".join(f":{name}" for name in values)
-    return job_from_row(
-        connection.execute(f"INSERT INTO jobs ({columns}) VALUES ({places}) RETURNING *", values).fetchone()
-    )
+    row = connection.execute(f"INSERT INTO jobs ({columns}) VALUES ({places}) RETURNING *", values).fetchone()
+    append_event(connection, row["id"], EventKind.STATE, {"status": JobState.QUEUED.value})
+    return job_from_row(row)
 
 
 def _find_submission(connection: sqlite3.Connection, idempotency: IdempotencyKey | None) -> JobRecord | None:

@@ -13,7 +13,9 @@ from typing import TypeVar
 import structlog
 
 from server.errors import JobStoreUnavailable
-from server.jobs.events import ProgressEvent
+from server.jobs.event_log import EventKind
+from server.jobs.events import BlockEvent, ProgressEvent, WorkEvent
+from server.jobs.news import JobNews
 from server.jobs.quantizer import QuantizerExit, QuantizerProcess
 from server.jobs.record import JobProgress, JobRecipe, JobRecord
 from server.jobs.runner_lock import RunnerLock
@@ -34,6 +36,7 @@ class JobSupervisor:
 
     command: what starts a quantizer; the job's arguments are appended. poll_seconds: how often it looks for what
     other servers on the same file have queued or cancelled. grace_seconds: from the first signal to SIGKILL.
+    news: told of all that happens to jobs here, and closed when the supervisor is to stop.
     """
 
     def __init__(
@@ -48,7 +51,8 @@ class JobSupervisor:
         self._command = command
         self._poll_seconds = poll_seconds
         self._grace_seconds = grace_seconds
-        self._news = asyncio.Event()
+        self.news = JobNews()
+        self._woken = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
@@ -58,12 +62,14 @@ class JobSupervisor:
 
     def wake(self) -> None:
         """Look at the store now: a job was queued or is to be cancelled. Call it on the event loop's thread."""
-        self._news.set()
+        self._woken.set()
+        self.news.tell()
 
     async def stop(self) -> None:
         """End the running quantizer and queue its job again for the next start of a server."""
         self._stopping = True
-        self._news.set()
+        self._woken.set()
+        self.news.close()
         if self._task is not None:
             try:
                 await self._task
@@ -97,12 +103,12 @@ class JobSupervisor:
             await self._persist(lambda: self._store.fail(job.id, reason))
             return
 
-        async def note(event: ProgressEvent) -> None:
-            progress = JobProgress(event.phase, event.done, event.total, event.seconds_left)
+        async def note(event: WorkEvent) -> None:
             try:
-                await asyncio.to_thread(self._store.record_progress, job.id, progress)
+                await asyncio.to_thread(self._record, job.id, event)
             except JobStoreUnavailable as error:
                 log.warning("progress not recorded", job_id=job.id, error=error.message)
+            self.news.tell()
 
         following = asyncio.create_task(quantizer.follow(note))
         while not following.done():
@@ -117,6 +123,14 @@ class JobSupervisor:
         ended = await following
         settled = await self._persist(lambda: self._settle(job, ended))
         log.info("quantization ended", job_id=job.id, state=settled.state.value, error=settled.error)
+
+    def _record(self, job_id: str, event: WorkEvent) -> None:
+        if isinstance(event, ProgressEvent):
+            progress = JobProgress(event.phase, event.done, event.total, event.seconds_left)
+            self._store.record_progress(job_id, progress)
+        else:
+            kind = EventKind.BLOCK if isinstance(event, BlockEvent) else EventKind.NOTICE
+            self._store.record_event(job_id, kind, event.fields())
 
     def _recover(self) -> None:
         """Settle what a server that died left as running. Its quantizers died with it."""
@@ -157,19 +171,22 @@ class JobSupervisor:
         """Do it off the event loop, again and again until the store answers; when stopping, only once."""
         while True:
             try:
-                return await asyncio.to_thread(change)
+                answer = await asyncio.to_thread(change)
             except JobStoreUnavailable as error:
                 log.error("job store unavailable", error=error.message)
                 if self._stopping:
                     raise
-            await self._wait_for_news()
+                await self._wait_for_news()
+            else:
+                self.news.tell()
+                return answer
 
     async def _wait_for_news(self, *others: asyncio.Task[QuantizerExit]) -> None:
         """Until `wake`, the end of one of the other tasks, or the time of a poll."""
-        news = asyncio.create_task(self._news.wait())
+        news = asyncio.create_task(self._woken.wait())
         await asyncio.wait({news, *others}, timeout=self._poll_seconds, return_when=asyncio.FIRST_COMPLETED)
         news.cancel()
-        self._news.clear()
+        self._woken.clear()
 
 
 def quantizer_arguments(recipe: JobRecipe) -> list[str]:
@@ -177,14 +194,20 @@ def quantizer_arguments(recipe: JobRecipe) -> list[str]:
     options = {
         "--bits": recipe.bits,
         "--group-size": recipe.group_size,
+        "--format": recipe.format,
+        "--target-bpw": recipe.target_bpw,
+        "--lm-head": recipe.lm_head,
         "--method": recipe.method,
         "--calib": recipe.calib,
         "--calib-samples": recipe.calib_samples,
         "--calib-seqlen": recipe.calib_seqlen,
+        "--seed": recipe.seed,
+        "--max-kl": recipe.max_kl,
         "--progress-format": "json",
     }
     given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    return [recipe.source, str(recipe.output), *given]
+    flags = ["--verbose", *(["--no-eval"] if recipe.no_eval else [])]
+    return [recipe.source, str(recipe.output), *given, *flags]
 
 
 def _log_crash(task: asyncio.Task[None]) -> None:

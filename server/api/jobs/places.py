@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.calibration_mix import PRESETS, SELF_CALIBRATION, Share, format_mix, parse_mix
-from quant.errors import RecipeError
+from quant.recipe import AUTO, ROW, Recipe, said_group_size
 from server.api.jobs.schema import QuantizeBody
 from server.errors import Conflict, InvalidRequest
 from server.jobs.record import JobRecipe
@@ -23,16 +23,25 @@ class JobPlaces:
     model_roots: tuple[Path, ...]
 
     def recipe_from_body(self, body: QuantizeBody) -> JobRecipe:
-        """Raises InvalidRequest for a name that leads nowhere allowed, Conflict for an output that exists."""
+        """Raises InvalidRequest for a value out of range and for a name that leads nowhere allowed, Conflict for an
+        output that exists.
+        """
+        recipe = body.checked_recipe()
         return JobRecipe(
             source=self._resolve_model(body.model),
-            output=self._choose_output(body),
-            bits=body.bits,
-            group_size=None if body.group_size == "auto" else body.group_size,
-            method=body.method,
+            output=self._choose_output(body, recipe),
+            bits=recipe.bits,
+            group_size=said_group_size(recipe.group_size),
+            method=recipe.method.value,
             calib=self._resolve_calib(body.calib),
             calib_samples=body.calib_samples,
             calib_seqlen=body.calib_seqlen,
+            seed=recipe.seed,
+            format=body.format,
+            target_bpw=recipe.target_bpw,
+            lm_head=recipe.lm_head,
+            max_kl=recipe.max_kl,
+            no_eval=body.no_eval,
         )
 
     def _resolve_model(self, name: str) -> str:
@@ -53,11 +62,7 @@ class JobPlaces:
 
     def _resolve_calib(self, text: str) -> str:
         """The calibration with each of its files as a path that this client may name."""
-        try:
-            sources = parse_mix(text)
-        except RecipeError as error:
-            raise InvalidRequest(str(error), param="calib") from error
-        return format_mix([Share(self._resolve_text(source.name), source.share) for source in sources])
+        return format_mix([Share(self._resolve_text(source.name), source.share) for source in parse_mix(text)])
 
     def _resolve_text(self, name: str) -> str:
         if name == SELF_CALIBRATION or name in PRESETS:
@@ -73,8 +78,8 @@ class JobPlaces:
             param="calib",
         )
 
-    def _choose_output(self, body: QuantizeBody) -> Path:
-        output = self.models_dir.resolve() / (body.output or _default_output_name(body))
+    def _choose_output(self, body: QuantizeBody, recipe: Recipe) -> Path:
+        output = self.models_dir.resolve() / (body.output or _default_output_name(body.model, recipe))
         if output.exists() or output.is_symlink():
             raise Conflict(
                 f"output {output.name!r} exists in the server's models directory; name another one, or delete it first",
@@ -123,9 +128,12 @@ def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
 
 
-def _default_output_name(body: QuantizeBody) -> str:
-    """Like SmolLM2-135M-awq-w4g64; without the group size when the quantizer chooses it."""
-    stem = Path(body.model).name.removesuffix(".gguf")
-    group = "" if body.group_size == "auto" else f"g{body.group_size}"
-    name = f"{stem}-{body.method}-w{body.bits}{group}"
+def _default_output_name(model: str, recipe: Recipe) -> str:
+    """Like SmolLM2-135M-awq-w4g64: what tells one recipe from another, without a group size left to the quantizer."""
+    stem = Path(model).name.removesuffix(".gguf")
+    group_size = said_group_size(recipe.group_size)
+    group = {AUTO: "", ROW: ROW}.get(str(group_size), f"g{group_size}")
+    target = "" if recipe.target_bpw is None else f"-{recipe.target_bpw:g}bpw"
+    head = "" if recipe.lm_head is None else f"-head{recipe.lm_head}"
+    name = f"{stem}-{recipe.method}-w{recipe.bits}{group}{target}{head}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")

@@ -4,12 +4,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 
+from server.api.cross_site import refuse_cross_site
 from server.api.jobs.schema import JobList, JobObject, QuantizeBody
 from server.api.jobs.serving import QuantizeJobs
 from server.api.json_body import json_body
+from server.api.sse import event_stream
 
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
+# the largest number that SQLite counts to
+MAX_EVENT_ID = 2**63 - 1
 
 router = APIRouter(prefix="/quantize", tags=["quantize"])
 
@@ -52,7 +56,21 @@ async def get_job(job_id: str, jobs: Jobs) -> JobObject:
     return JobObject.from_record(await jobs.get(job_id))
 
 
-@router.post("/{job_id}/cancel")
+@router.get("/{job_id}/events", response_model=None)
+async def follow_job(
+    request: Request,
+    job_id: str,
+    jobs: Jobs,
+    last_event_id: Annotated[int | None, Header(ge=0, le=MAX_EVENT_ID)] = None,
+) -> Response:
+    """What happens to a job, from its beginning or from behind the event of the header, as server-sent events."""
+    if last_event_id is not None and await jobs.follower.has_ended_by(job_id, last_event_id):
+        # what tells a browser not to come again
+        return Response(status_code=status.HTTP_204_NO_CONTENT)
+    return await event_stream(request, jobs.follower.frames(job_id, last_event_id or 0))
+
+
+@router.post("/{job_id}/cancel", dependencies=[Depends(refuse_cross_site)])
 async def cancel_job(job_id: str, jobs: Jobs) -> JobObject:
-    """Cancel a job. One that is running is cancelled a moment later, when its quantizer has ended."""
+    """Cancel a job, or say again that it is. One that runs is cancelled a moment later, when its quantizer ends."""
     return JobObject.from_record(await jobs.cancel(job_id))

@@ -2,49 +2,85 @@
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
-from quant.calibration_mix import SELF_CALIBRATION
+from quant.errors import RecipeError
+from quant.method import Method
+from quant.recipe import AUTO, ROW, Recipe, parse_format, parse_group_size
 from server.api.errors import describe
-from server.jobs.record import JobRecord, JobState, Method
+from server.errors import InvalidRequest
+from server.jobs.record import JobRecord, JobState
 from server.jobs.store import JobPage
 
 MAX_NAME_CHARS = 512
 # one plain directory name: no separator, no leading dot, nothing a shell or a URL would trip over
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-CHOICES: Mapping[str | None, tuple[int | str, ...]] = {
-    "bits": (3, 4, 8),
-    "group_size": ("auto", 32, 64, 128),
-    "method": get_args(Method),
+# fields of a recipe that a body calls by the names of the command line
+FIELD_NAMES = {
+    "calibration": "calib",
+    "num_samples": "calib_samples",
+    "sample_tokens": "calib_seqlen",
+    "num_windows": "no_eval",
 }
+# how the command line writes what a recipe's messages advise
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 class QuantizeBody(BaseModel):
-    """POST /quantize. An unknown field is an error: a misspelt option would cost hours before anyone saw it."""
+    """POST /quantize: the options of `awq-serve quantize`, whose ranges and combinations the recipe checks.
+
+    An unknown field is an error: a misspelt option would cost hours before anyone saw it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
     output: str | None = None
-    bits: int = 4
-    group_size: int | Literal["auto"] = "auto"
-    method: Method = "awq+gptq"
-    calib: str = Field(default=SELF_CALIBRATION, min_length=1, max_length=MAX_NAME_CHARS)
-    calib_samples: int | None = Field(default=None, ge=1, le=4096)
-    calib_seqlen: int | None = Field(default=None, ge=1, le=8192)
+    bits: int = Recipe.bits
+    group_size: int | str = AUTO
+    format: str = AUTO
+    target_bpw: float | None = Recipe.target_bpw
+    lm_head: int | None = Recipe.lm_head
+    # JSON has no enumerations
+    method: Method = Field(default=Recipe.method, strict=False)
+    calib: str = Field(default=Recipe.calibration, min_length=1, max_length=MAX_NAME_CHARS)
+    calib_samples: int | None = Recipe.num_samples
+    calib_seqlen: int | None = Recipe.sample_tokens
+    seed: int = Recipe.seed
+    max_kl: float | None = Recipe.max_kl
+    no_eval: bool = False
 
-    @field_validator(*(name for name in CHOICES if name), mode="before")
+    def checked_recipe(self) -> Recipe:
+        """Raises InvalidRequest, naming the field, for what no recipe may be. Reads no file."""
+        try:
+            return Recipe(
+                method=self.method,
+                bits=self.bits,
+                group_size=parse_group_size(self.group_size) if isinstance(self.group_size, str) else self.group_size,
+                calibration=self.calib,
+                num_samples=self.calib_samples,
+                sample_tokens=self.calib_seqlen,
+                num_windows=0 if self.no_eval else Recipe.num_windows,
+                seed=self.seed,
+                max_kl=self.max_kl,
+                format=parse_format(self.format),
+                target_bpw=self.target_bpw,
+                lm_head=self.lm_head,
+            )
+        except RecipeError as error:
+            sentence = _OPTION.sub(lambda option: option[1].replace("-", "_"), str(error))
+            field = error.field or ""
+            raise InvalidRequest(sentence, param=FIELD_NAMES.get(field, field) or None) from error
+
+    @field_validator("group_size", mode="before")
     @classmethod
-    def check_choice(cls, value: object, info: ValidationInfo[None]) -> object:
-        choices = CHOICES[info.field_name]
-        # 4.0 and true are no 4
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
-            allowed = " or ".join(json.dumps(choice) for choice in choices)
-            raise ValueError(f"{info.field_name} must be {allowed}, and it is {describe(value)}")
+    def check_group_size(cls, value: object) -> object:
+        # true is no 1
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f'group_size must be a number, "{AUTO}" or "{ROW}", and it is {describe(value)}')
         return value
 
     @field_validator("model", "calib")
@@ -86,11 +122,17 @@ class JobSummary(BaseModel):
     output: str
     output_path: str
     bits: int
-    group_size: int | Literal["auto"]
-    method: Method
+    group_size: int | str
+    format: str
+    target_bpw: float | None
+    lm_head: int | None
+    method: str
     calib: str
     calib_samples: int | None
     calib_seqlen: int | None
+    seed: int
+    max_kl: float | None
+    no_eval: bool
     progress: ProgressObject | None
     error: JobErrorObject | None
     created_at: int
@@ -111,11 +153,17 @@ class JobSummary(BaseModel):
             output=recipe.output.name,
             output_path=str(recipe.output),
             bits=recipe.bits,
-            group_size=recipe.group_size if recipe.group_size is not None else "auto",
+            group_size=recipe.group_size,
+            format=recipe.format,
+            target_bpw=recipe.target_bpw,
+            lm_head=recipe.lm_head,
             method=recipe.method,
             calib=recipe.calib,
             calib_samples=recipe.calib_samples,
             calib_seqlen=recipe.calib_seqlen,
+            seed=recipe.seed,
+            max_kl=recipe.max_kl,
+            no_eval=recipe.no_eval,
             progress=ProgressObject(**vars(progress)) if progress else None,
             error=JobErrorObject(message=job.error) if job.error is not None else None,
             created_at=job.created_at,

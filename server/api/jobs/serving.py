@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 
+from server.api.jobs.following import JobFollower
 from server.api.jobs.places import JobPlaces
 from server.api.jobs.schema import QuantizeBody
 from server.jobs.record import JobRecord
@@ -11,9 +12,15 @@ from server.jobs.store import IdempotencyKey, JobPage, JobStore
 
 
 class QuantizeJobs:
-    """The store as the routes see it: never on the event loop's thread, the supervisor told of what is new."""
+    """The store as the routes see it: never on the event loop's thread, the supervisor told of what is new.
 
-    def __init__(self, store: JobStore, places: JobPlaces, wake_supervisor: Callable[[], None]) -> None:
+    follower: what streams the events of jobs.
+    """
+
+    def __init__(
+        self, store: JobStore, places: JobPlaces, wake_supervisor: Callable[[], None], follower: JobFollower
+    ) -> None:
+        self.follower = follower
         self._store = store
         self._places = places
         self._wake_supervisor = wake_supervisor
@@ -31,7 +38,7 @@ class QuantizeJobs:
         return await asyncio.to_thread(lambda: self._store.list_jobs(limit=limit, after=after))
 
     async def cancel(self, job_id: str) -> JobRecord:
-        """Raises NotFound, and Conflict for a job that is over."""
+        """Raises NotFound, and Conflict for a job that ended otherwise."""
         job = await asyncio.to_thread(self._store.request_cancel, job_id)
         self._wake_supervisor()
         return job

@@ -20,6 +20,13 @@ def succeed(output: Path) -> None:
     say("done", output=str(output), report={"perplexity": {"original": 32.5, "quantized": 35.25}, "args": sys.argv[2:]})
 
 
+def tell_all(output: Path) -> None:
+    say("notice", message="resuming at block 3 of 3")
+    layer = {"name": "model.layers.2.mlp.up_proj", "formula": "x^0.45", "plain": 0.5, "chosen": 0.25}
+    say("block", block="model.layers.2", plain=0.75, chosen=0.5, kept="searched", layers=[layer])
+    succeed(output)
+
+
 def succeed_amid_noise(output: Path) -> None:
     os.write(1, b'\xff\xfe not text\n[1, 2]\n{"event": "dance"}\n{"event": "progress", "done": "many"}\n\n')
     os.write(1, b"x" * (17 * 2**20) + b"\n")
@@ -85,6 +92,7 @@ PARTS = {
     part.__name__: part
     for part in (
         succeed,
+        tell_all,
         succeed_amid_noise,
         fail,
         crash,

@@ -32,6 +32,8 @@ def test_a_failure_has_its_sentence() -> None:
         b'{"event":"progress","phase":"blocks","done":"3","total":30}\n',
         b'{"event":"progress","phase":"blocks"}\n',
         b'{"event":"failed","message":7}\n',
+        b'{"event":"notice"}\n',
+        b'{"event":"block","block":"a","plain":1,"chosen":0,"kept":"plain","layers":[{"name":"q_proj"}]}\n',
         b'{"event":"done","output":"/models/x","report":' + b"[" * 100_000 + b"\n",
     ],
 )

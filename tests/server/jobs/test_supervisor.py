@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from server.jobs.event_log import EventKind
 from server.jobs.record import JobProgress, JobRecord, JobState
 from server.jobs.runner_lock import RunnerLock
 from server.jobs.store import JobStore
@@ -59,8 +60,34 @@ def test_a_job_that_succeeds_has_the_report_and_the_last_progress(store: JobStor
 def test_the_quantizer_gets_the_options_of_the_command_line(store: JobStore, tmp_path: Path) -> None:
     job = run_to_its_end(store, "succeed")
     assert job.report_json is not None
-    expected = [str(tmp_path / "out"), "--bits", "4", "--group-size", "64", "--method", "awq", "--calib", "self"]
-    assert json.loads(job.report_json)["args"] == [*expected, "--progress-format", "json"]
+    what = [str(tmp_path / "out"), "--bits", "4", "--group-size", "64", "--format", "auto", "--method", "awq"]
+    how = ["--calib", "self", "--seed", "0", "--progress-format", "json", "--verbose"]
+    assert json.loads(job.report_json)["args"] == [*what, *how]
+
+
+def test_what_the_quantizer_says_on_its_way_is_noted(store: JobStore) -> None:
+    job = run_to_its_end(store, "tell_all")
+    said = [event for event in store.events_after(job.id, 0) if event.kind in (EventKind.NOTICE, EventKind.BLOCK)]
+    layer = {"name": "model.layers.2.mlp.up_proj", "formula": "x^0.45", "plain": 0.5, "chosen": 0.25}
+    assert [event.data for event in said] == [
+        {"message": "resuming at block 3 of 3"},
+        {"block": "model.layers.2", "plain": 0.75, "chosen": 0.5, "kept": "searched", "layers": [layer]},
+    ]
+
+
+def test_whoever_waits_for_news_is_woken_by_all_that_happens_and_told_of_the_end(store: JobStore) -> None:
+    async def run() -> None:
+        async with supervised(store) as supervisor:
+            job = submit(store, "succeed")
+            while not store.get(job.id).state.is_terminal:
+                upcoming = supervisor.news.upcoming()
+                if not store.get(job.id).state.is_terminal:
+                    await asyncio.wait_for(upcoming.wait(), DEADLINE_SECONDS)
+            upcoming = supervisor.news.upcoming()
+        assert upcoming.is_set()
+        assert supervisor.news.is_closed
+
+    asyncio.run(run())
 
 
 def test_noise_on_the_pipes_does_not_disturb_a_job(store: JobStore) -> None:

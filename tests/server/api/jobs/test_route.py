@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.errors import install_error_handlers
+from server.api.jobs.following import JobFollower
 from server.api.jobs.places import JobPlaces
 from server.api.jobs.route import router
 from server.api.jobs.serving import QuantizeJobs
@@ -51,7 +52,7 @@ async def serving(places: JobPlaces, *, run_jobs: bool = True) -> AsyncIterator[
     app = FastAPI()
     install_error_handlers(app)
     app.include_router(router)
-    app.state.quantize_jobs = QuantizeJobs(store, places, supervisor.wake)
+    app.state.quantize_jobs = QuantizeJobs(store, places, supervisor.wake, JobFollower(store, supervisor.news))
     if run_jobs:
         supervisor.start()
     try:
@@ -124,7 +125,7 @@ def test_a_failed_job_has_its_reason(places: JobPlaces) -> None:
     asyncio.run(run())
 
 
-def test_a_running_job_is_cancelled_and_cannot_be_cancelled_twice(places: JobPlaces) -> None:
+def test_a_running_job_is_cancelled_as_often_as_it_is_asked_for(places: JobPlaces) -> None:
     async def run() -> None:
         async with serving(places) as server:
             job = (await server.submit(model="hang")).json()
@@ -135,8 +136,20 @@ def test_a_running_job_is_cancelled_and_cannot_be_cancelled_twice(places: JobPla
             await ends(server.store, job["id"])
             assert (await server.client.get(f"/quantize/{job['id']}")).json()["status"] == "cancelled"
             again = await server.client.post(f"/quantize/{job['id']}/cancel")
-            assert again.status_code == httpx.codes.CONFLICT
-            assert "is cancelled" in again.json()["error"]["message"]
+            assert (again.status_code, again.json()["status"]) == (httpx.codes.OK, "cancelled")
+            assert again.json()["cancel_requested_at"] == cancel.json()["cancel_requested_at"]
+
+    asyncio.run(run())
+
+
+def test_a_job_that_succeeded_cannot_be_cancelled(places: JobPlaces) -> None:
+    async def run() -> None:
+        async with serving(places) as server:
+            job = (await server.submit(model="succeed")).json()
+            await ends(server.store, job["id"])
+            refusal = await server.client.post(f"/quantize/{job['id']}/cancel")
+            assert refusal.status_code == httpx.codes.CONFLICT
+            assert "is succeeded" in refusal.json()["error"]["message"]
 
     asyncio.run(run())
 
@@ -190,6 +203,27 @@ def test_calibration_may_be_a_preset_or_a_mix_of_what_the_client_may_name(places
     assert mix.json()["calib"] == f"{tmp_path / 'mine' / 'text.txt'}:0.5,self:0.25,owner/chat:0.25"
 
 
+def test_a_job_takes_every_option_and_shows_it(places: JobPlaces) -> None:
+    options = {
+        "bits": 3,
+        "group_size": "row",
+        "format": "compressed-tensors",
+        "target_bpw": 3.5,
+        "lm_head": 8,
+        "method": "best",
+        "calib": "wikitext",
+        "calib_samples": 8,
+        "calib_seqlen": 128,
+        "seed": 7,
+        "max_kl": 0.25,
+        "no_eval": False,
+    }
+    (accepted,) = ask(places, lambda server: server.submit(model="succeed", **options))
+    job = accepted.json()
+    assert options.items() <= job.items()
+    assert job["output"] == "succeed-best-w3row-3.5bpw-head8"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -206,17 +240,33 @@ def test_calibration_may_be_a_preset_or_a_mix_of_what_the_client_may_name(places
         ('{"model": "/etc/passwd"}', "model", "neither"),
         ('{"model": "a\\u0000b"}', "model", "printable"),
         ('{"model": "' + "x" * 400 + '"}', "model", "neither"),
-        ('{"model": "succeed", "bits": 5}', "bits", "must be 3 or 4 or 8, and it is 5"),
-        ('{"model": "succeed", "bits": true}', "bits", "must be 3 or 4 or 8, and it is true"),
-        ('{"model": "succeed", "group_size": 48}', "group_size", '"auto" or 32 or 64 or 128, and it is 48'),
-        ('{"model": "succeed", "method": "hqq"}', "method", '"gptq" or "rtn", and it is "hqq"'),
+        ('{"model": "succeed", "bits": 5}', "bits", "bits is 5; supported: 3, 4, 8"),
+        ('{"model": "succeed", "bits": true}', "bits", "should be an integer, and it is true"),
+        ('{"model": "succeed", "bits": 4.5}', "bits", "should be an integer, and it is 4.5"),
+        ('{"model": "succeed", "group_size": 48}', "group_size", "is 48; supported: auto, 128, 64, 32, row"),
+        ('{"model": "succeed", "group_size": "big"}', "group_size", "is 'big'; supported: auto, 128, 64, 32, row"),
+        ('{"model": "succeed", "group_size": "' + "9" * 5000 + '"}', "group_size", "supported: auto, 128, 64, 32, row"),
+        ('{"model": "succeed", "group_size": true}', "group_size", 'a number, "auto" or "row", and it is true'),
+        ('{"model": "succeed", "method": "hqq"}', "method", "'awq+gptq' or 'best', and it is \"hqq\""),
+        ('{"model": "succeed", "format": "gptq"}', "format", "supported: auto, awq, compressed-tensors"),
+        ('{"model": "succeed", "bits": 8, "format": "awq"}', "format", "use format compressed-tensors"),
+        ('{"model": "succeed", "target_bpw": 0}', "target_bpw", "it must be a number like 4.25"),
+        ('{"model": "succeed", "target_bpw": "4.5"}', "target_bpw", 'should be a number, and it is "4.5"'),
+        ('{"model": "succeed", "target_bpw": 4.5, "method": "rtn"}', "target_bpw", "use method awq+gptq"),
+        ('{"model": "succeed", "lm_head": 5}', "lm_head", "lm head is 5; supported: 8, 4, or left alone"),
+        ('{"model": "succeed", "seed": -1}', "seed", "seed is -1; it must be 0 to"),
+        ('{"model": "succeed", "seed": 1e300}', "seed", "should be an integer"),
+        ('{"model": "succeed", "max_kl": 0}', "max_kl", "a number of nats above 0"),
+        ('{"model": "succeed", "max_kl": 0.2, "no_eval": true}', "max_kl", "nothing is measured"),
+        ('{"model": "succeed", "no_eval": 1}', "no_eval", "should be true or false, and it is 1"),
+        ('{"model": "succeed", "method": "rtn", "calib": "wikitext"}', "calib", "the method rtn reads no calibration"),
         ('{"model": "succeed", "output": "../escape"}', "output", "one plain directory name"),
         ('{"model": "succeed", "output": "a/b"}', "output", "one plain directory name"),
         ('{"model": "succeed", "output": ".hidden"}', "output", "one plain directory name"),
         ('{"model": "succeed", "calib": "/etc/passwd"}', "calib", "neither"),
         ('{"model": "succeed", "calib": "self:0.5,/etc/passwd:0.5"}', "calib", "'/etc/passwd' is neither"),
         ('{"model": "succeed", "calib": "self:0.5,wikitext:0.4"}', "calib", "add up to 0.9; they must add up to 1"),
-        ('{"model": "succeed", "calib_samples": 0}', "calib_samples", "greater than or equal to 1"),
+        ('{"model": "succeed", "calib_samples": 0}', "calib_samples", "calibration samples is 0; it must be 1 to"),
         ('{"model": "succeed", "group_sise": 64}', "group_sise", "group_sise is no field that this route knows"),
         ('["succeed"]', None, "object"),
         ("{model: succeed}", None, "JSON"),
@@ -290,6 +340,37 @@ def test_a_look_at_what_is_not_there_is_refused(places: JobPlaces, path: str, st
     (refusal,) = ask(places, get(path))
     assert refusal.status_code == status
     assert refusal.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        # programs, and the server's own pages
+        ({}, 200),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://server"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://server"}, 200),
+        # a browser asks before it sends JSON elsewhere, and is told no
+        ({"Sec-Fetch-Site": "cross-site", "Content-Type": "application/json"}, 200),
+        # pages of others, whose forms and scripts a browser sends without asking
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://server:81"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"}, 403),
+        ({"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"}, 403),
+        ({"Origin": "http://server:81"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_no_page_of_another_site_cancels_a_job(places: JobPlaces, headers: dict[str, str], status: int) -> None:
+    async def run() -> httpx.Response:
+        async with serving(places, run_jobs=False) as server:
+            job = (await server.submit(model="succeed")).json()
+            return await server.client.post(f"/quantize/{job['id']}/cancel", headers=headers)
+
+    answer = asyncio.run(run())
+    assert answer.status_code == status
+    if status == httpx.codes.FORBIDDEN:
+        assert answer.json()["error"]["code"] == "cross_site_request"
 
 
 def test_a_job_file_that_fails_is_a_503_and_not_a_crash(places: JobPlaces) -> None:

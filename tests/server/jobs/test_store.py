@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.errors import Conflict, InvalidRequest, JobStoreUnavailable, NotFound, QueueFull
-from server.jobs.event_log import MAX_READ, EventKind
 from server.jobs.record import TRANSITIONS, JobProgress, JobRecipe, JobRecord, JobState
 from server.jobs.store import IdempotencyKey, JobStore
 from tests.server.jobs.recipes import make_recipe
@@ -279,69 +278,6 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         JobStore(tmp_path / "jobs.sqlite")
 
 
-def test_what_happens_to_a_job_can_be_read_from_any_place_in_order(store: JobStore) -> None:
-    # given a job that was queued, ran, was asked to end, and failed, beside another one
-    job = submit(store)
-    submit(store, "other")
-    store.claim_next()
-    store.record_event(job.id, EventKind.NOTICE, {"message": "resuming at block 3 of 30"})
-    store.record_progress(job.id, JobProgress("load", 1, 1, None))
-    for done in range(3):
-        store.record_progress(job.id, JobProgress("blocks", done, 30, None))
-    store.record_event(job.id, EventKind.BLOCK, {"block": "model.layers.0"})
-    store.request_cancel(job.id)
-    store.request_cancel(job.id)
-    store.fail(job.id, "the disk is full")
-
-    # when its events are read, then they are there in order, of each phase the last count
-    events = store.events_after(job.id, 0)
-    assert [(event.kind.value, event.data.get("status", event.data.get("phase"))) for event in events] == [
-        ("state", "queued"),
-        ("state", "running"),
-        ("notice", None),
-        ("progress", "load"),
-        ("progress", "blocks"),
-        ("block", None),
-        ("state", "running"),
-        ("state", "failed"),
-    ]
-    assert events[4].data == {"phase": "blocks", "done": 2, "total": 30, "seconds_left": None}
-    assert events[6].data["cancel_requested_at"] == store.get(job.id).cancel_requested_at
-    assert [event.is_last for event in events] == [False] * 7 + [True]
-
-    # and whoever has seen some of them is told the rest
-    assert store.events_after(job.id, events[3].number) == events[4:]
-
-
-def test_progress_that_is_told_again_comes_after_what_was_seen(store: JobStore) -> None:
-    job = submit(store)
-    store.claim_next()
-    store.record_progress(job.id, JobProgress("blocks", 1, 30, None))
-    seen = store.events_after(job.id, 0)[-1].number
-    store.record_progress(job.id, JobProgress("blocks", 2, 30, None))
-    (news,) = store.events_after(job.id, seen)
-    assert news.data["done"] == 2
-
-
-def test_nothing_is_noted_after_the_end_of_a_job(store: JobStore) -> None:
-    job = submit(store)
-    store.claim_next()
-    store.succeed(job.id, None)
-    store.record_event(job.id, EventKind.NOTICE, {"message": "late"})
-    store.record_progress(job.id, JobProgress("blocks", 30, 30, 0.0))
-    assert store.events_after(job.id, 0)[-1].is_last
-
-
-def test_many_events_are_read_in_parts(store: JobStore) -> None:
-    job = submit(store)
-    store.claim_next()
-    for number in range(MAX_READ):
-        store.record_event(job.id, EventKind.BLOCK, {"block": f"model.layers.{number}"})
-    first = store.events_after(job.id, 0)
-    assert len(first) == MAX_READ
-    assert len(store.events_after(job.id, first[-1].number)) == 2
-
-
 def test_whoever_cancels_again_is_told_the_same(store: JobStore) -> None:
     queued, running, over = submit(store, "a"), submit(store, "b"), submit(store, "c")
     cancelled = store.request_cancel(queued.id)
@@ -374,37 +310,3 @@ def test_every_option_of_a_job_is_kept(store: JobStore, tmp_path: Path) -> None:
     job = store.submit(recipe)
     store.close()
     assert JobStore(store.path).get(job.id).recipe == recipe
-
-
-# as an awq-serve before the options and the events wrote it
-VERSION_1 = """
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, state TEXT NOT NULL, source TEXT NOT NULL,
-    output TEXT NOT NULL, bits INTEGER NOT NULL, group_size INTEGER, method TEXT NOT NULL, calib TEXT NOT NULL,
-    calib_samples INTEGER, calib_seqlen INTEGER, idempotency_key TEXT UNIQUE, request_digest TEXT,
-    created_at INTEGER NOT NULL, queued_at INTEGER, running_at INTEGER, succeeded_at INTEGER, failed_at INTEGER,
-    cancelled_at INTEGER, cancel_requested_at INTEGER, num_starts INTEGER NOT NULL DEFAULT 0, phase TEXT, done INTEGER,
-    total INTEGER, seconds_left REAL, error TEXT, report_json TEXT
-);
-INSERT INTO jobs (id, state, source, output, bits, group_size, method, calib, created_at, queued_at, succeeded_at)
-VALUES ('qjob-1', 'succeeded', 'a', '/a', 4, 64, 'awq', 'self', 100, 100, 200),
-    ('qjob-2', 'queued', 'b', '/b', 4, NULL, 'awq', 'self', 300, 300, NULL);
-PRAGMA user_version = 1;
-"""
-
-
-def test_the_jobs_of_an_older_version_are_taken_over(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
-        connection.executescript(VERSION_1)
-
-    store = JobStore(tmp_path / "jobs.sqlite")
-
-    recipe = store.get("qjob-1").recipe
-    assert (recipe.group_size, recipe.format, recipe.seed, recipe.no_eval) == (64, "auto", 0, False)
-    assert store.get("qjob-2").recipe.group_size == "auto"
-    (done,), (waiting,) = store.events_after("qjob-1", 0), store.events_after("qjob-2", 0)
-    assert (done.is_last, done.created_at) == (True, 200)
-    assert (waiting.data, waiting.created_at) == ({"status": "queued"}, 300)
-    assert store.claim_next() == store.get("qjob-2")
-    store.close()
-    assert JobStore(tmp_path / "jobs.sqlite").get("qjob-2").state is JobState.RUNNING

@@ -93,7 +93,7 @@ def test_a_finished_quantization_is_listed(make_app: AppFactory, tmp_path: Path)
     output.mkdir(parents=True)
     app = make_app()
     store = make_app.stores[-1]
-    job = store.submit(JobRecipe("source", output, 4, None, "awq", "self"))
+    job = store.submit(JobRecipe("source", output, 4, 64, "awq", "self"))
     store.claim_next()
     store.succeed(job.id, None)
     # then it is there, and said to be no more than finished

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from quant.calibration_mix import SELF_CALIBRATION, Share, format_mix
+from quant.calibration_mix import SELF_CALIBRATION, single_source
 from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.tensor_files import INDEX_FILE
@@ -197,12 +197,12 @@ class ModelToQuantize:
         if isinstance(data, str):
             return data
         if isinstance(data, Path):
-            return format_mix([Share(str(data), 1.0)])
+            return single_source(str(data))
         if not all(isinstance(text, str) for text in data):
             raise RecipeError("quantize(calib_data=...): a list must hold strings; token ids and tensors are not taken")
         file = Path(self._folder.name) / CALIBRATION_FILE
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in data), encoding="utf-8")
-        return format_mix([Share(str(file), 1.0)])
+        return single_source(str(file))
 
 
 def _refuse(function: str, options: Mapping[str, object], known: Mapping[str, Foreign]) -> None:

@@ -18,7 +18,6 @@ from quant.calibration_mix import (
     Share,
     interleaved,
     is_hub_name,
-    parse_mix,
     row_counts,
 )
 from quant.errors import RecipeError, SourceError
@@ -51,7 +50,7 @@ class CalibrationText:
 
 def read_texts(recipe: Recipe) -> tuple[CalibrationText, ...]:
     """The text of each source that the recipe names, in its order. Raises SourceError when one cannot be read."""
-    sources = parse_mix(recipe.calibration)
+    sources = recipe.calibration_sources
     counts = row_counts(sources, recipe.calibration_shape[0])
     return tuple(_read_source(source, num_rows) for source, num_rows in zip(sources, counts, strict=True))
 

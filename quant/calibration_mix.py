@@ -5,7 +5,7 @@ Reads no file and fetches nothing: whether a source is there is found out when i
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePath
@@ -81,16 +81,34 @@ def parse_mix(text: str) -> tuple[Share, ...]:
     return _check_shares(text, sources)
 
 
-def format_mix(sources: Sequence[Share]) -> str:
-    """The text that parse_mix takes for these sources."""
-    if len(sources) == 1 and not _NAME_AND_SHARE.match(sources[0].name):
-        return sources[0].name
-    return ",".join(f"{source.name}:{source.share:g}" for source in sources)
+def with_own_text(text: str, own_share: float, num_rows: int) -> tuple[Share, ...]:
+    """The sources of parse_mix; where text names a single one without a share, so much of the model's own text beside.
+
+    The own text has whole rows, and none where its share of num_rows is less than one.
+    """
+    sources = parse_mix(text)
+    num_own = int(own_share * num_rows)
+    if num_own == 0 or text == SELF_CALIBRATION or _NAME_AND_SHARE.match(text):
+        return sources
+    return Share(text, 1 - num_own / num_rows), Share(SELF_CALIBRATION, num_own / num_rows)
+
+
+def single_source(name: str) -> str:
+    """The text that parse_mix takes for one source of that name; with its share where the name ends like a share."""
+    return f"{name}:1" if _NAME_AND_SHARE.match(name) else name
+
+
+def rename_sources(text: str, rename: Callable[[str], str]) -> str:
+    """The same mix with every source by the name that rename gives it. Raises as parse_mix does, and as rename does."""
+    sources = parse_mix(text)
+    if not _NAME_AND_SHARE.match(text):
+        return single_source(rename(text))
+    return ",".join(f"{rename(source.name)}:{source.share:g}" for source in sources)
 
 
 def without_directories(text: str) -> str:
     """The calibration with only the file names of its paths: what may be published of it."""
-    return format_mix([Share(_published_name(source.name), source.share) for source in parse_mix(text)])
+    return rename_sources(text, _published_name)
 
 
 def row_counts(sources: Sequence[Share], num_rows: int) -> tuple[int, ...]:

@@ -25,7 +25,9 @@ class MethodSteps:
     scales: input channels are scaled (scale_search). correction: weights move towards the original model's outputs
     (correction). ranges: the range of each group's codes is searched (clip_search). feedback: columns are rounded with
     the error of those before (error_feedback), else to nearest.
-    num_samples, sample_tokens: the calibration text that pays, unless the user says otherwise.
+    num_samples, sample_tokens: the calibration text that pays, unless the user says otherwise. own_text_share: how much
+    of it the model writes itself where the user names one source without a share: weights that are fitted to one kind
+    of text would lose on others.
     """
 
     scales: bool
@@ -34,6 +36,7 @@ class MethodSteps:
     feedback: bool
     num_samples: int
     sample_tokens: int
+    own_text_share: float = 0.0
 
     @property
     def calibrates(self) -> bool:
@@ -41,6 +44,8 @@ class MethodSteps:
         return self.scales or self.correction or self.ranges or self.feedback
 
 
+# what of it makes a model calibrated on prose good on code and dialogue as well (docs/benchmarks.md)
+OWN_TEXT_SHARE = 0.25
 STEPS = {
     Method.RTN: MethodSteps(
         scales=False, correction=False, ranges=False, feedback=False, num_samples=1, sample_tokens=1
@@ -52,9 +57,21 @@ STEPS = {
         scales=True, correction=False, ranges=True, feedback=False, num_samples=16, sample_tokens=256
     ),
     Method.AWQ_GPTQ: MethodSteps(
-        scales=True, correction=True, ranges=True, feedback=True, num_samples=32, sample_tokens=512
+        scales=True,
+        correction=True,
+        ranges=True,
+        feedback=True,
+        num_samples=32,
+        sample_tokens=512,
+        own_text_share=OWN_TEXT_SHARE,
     ),
     Method.BEST: MethodSteps(
-        scales=True, correction=True, ranges=True, feedback=True, num_samples=128, sample_tokens=512
+        scales=True,
+        correction=True,
+        ranges=True,
+        feedback=True,
+        num_samples=128,
+        sample_tokens=512,
+        own_text_share=OWN_TEXT_SHARE,
     ),
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kernels.weight_kinds import SUPPORTED_BITS, WHOLE_ROW
-from quant.calibration_mix import SELF_CALIBRATION, parse_mix, row_counts
+from quant.calibration_mix import SELF_CALIBRATION, Share, row_counts, with_own_text
 from quant.checkpoint.format_name import OutputFormat
 from quant.errors import RecipeError
 from quant.method import STEPS, Method, MethodSteps
@@ -40,8 +40,9 @@ class Recipe:
 
     format: how the checkpoint is written; None means AWQ where it holds what is asked for, else compressed-tensors.
     calibration: "self" (the model writes its own text), a preset, a file's path, a hub data set, or a mix of them with
-    shares (see calibration_mix). num_samples, sample_tokens: that many rows of it, of so many tokens each; None means
-    what the method gains from, in rows no longer than the model's context.
+    shares (see calibration_mix); a single one without a share has some text by the model itself beside it where the
+    method fits weights to it (MethodSteps.own_text_share). num_samples, sample_tokens: that many rows of it, of so many
+    tokens each; None means what the method gains from, in rows no longer than the model's context.
     num_windows: the result is measured on so many windows of the text that ships with the program; 0 measures nothing.
     max_kl: a result whose mean KL to the original is higher, in nats, is refused; None refuses none.
     target_bpw: what the blocks' linears take on average, in bits a weight with scales and zero points, at most; each
@@ -101,7 +102,7 @@ class Recipe:
     def _check_calibration(self) -> None:
         """Raises RecipeError for a mix that is none, and for text that the method would not look at."""
         try:
-            row_counts(parse_mix(self.calibration), self.calibration_shape[0])
+            row_counts(self.calibration_sources, self.calibration_shape[0])
         except RecipeError as error:
             raise RecipeError(str(error), field="calibration") from error
         if self.steps.calibrates:
@@ -148,6 +149,11 @@ class Recipe:
     def steps(self) -> MethodSteps:
         """What the method does."""
         return STEPS[self.method]
+
+    @property
+    def calibration_sources(self) -> tuple[Share, ...]:
+        """What the calibration text is made of."""
+        return with_own_text(self.calibration, self.steps.own_text_share, self.calibration_shape[0])
 
     @property
     def calibration_shape(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 
 from quant.calibration import CalibrationTokens, calibration_tokens, read_texts
 from quant.errors import RecipeError, SourceError
+from quant.method import Method
 from quant.recipe import Recipe
 from quant.report import CalibrationOrigin
 from quant.source import SourceModel, open_source
@@ -33,7 +34,8 @@ def tokens_of(recipe: Recipe, source: SourceModel) -> CalibrationTokens:
 
 
 def recipe_for(text: Path | str, num_samples: int = 5) -> Recipe:
-    return Recipe(calibration=str(text), num_samples=num_samples, sample_tokens=10)
+    """Of a method that takes the text alone."""
+    return Recipe(method=Method.AWQ, calibration=str(text), num_samples=num_samples, sample_tokens=10)
 
 
 def test_rows_share_no_token_of_the_text(source: SourceModel, tmp_path: Path) -> None:
@@ -45,6 +47,17 @@ def test_rows_share_no_token_of_the_text(source: SourceModel, tmp_path: Path) ->
     assert len(tokens.ids.unique()) == 50
     # only the file's name, as the report is published
     assert tokens.origins == (CalibrationOrigin("text.txt", 1.0, 5),)
+
+
+def test_a_method_that_fits_weights_reads_some_text_by_the_model_beside(source: SourceModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 500)
+    tokens = tokens_of(replace(recipe_for(text, num_samples=8), method=Method.AWQ_GPTQ), source)
+    assert [(origin.name, origin.num_rows) for origin in tokens.origins] == [
+        ("text.txt", 6),
+        ("text by the model itself", 2),
+    ]
+    assert sum(set(row) == {source.tokenizer("a")["input_ids"][0]} for row in tokens.ids.tolist()) == 6
 
 
 def test_rows_are_spread_over_the_whole_text(source: SourceModel, tmp_path: Path) -> None:

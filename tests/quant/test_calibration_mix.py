@@ -2,8 +2,17 @@
 
 import pytest
 
-from quant.calibration_mix import Share, format_mix, interleaved, parse_mix, row_counts, without_directories
+from quant.calibration_mix import (
+    Share,
+    interleaved,
+    parse_mix,
+    rename_sources,
+    row_counts,
+    single_source,
+    without_directories,
+)
 from quant.errors import RecipeError
+from quant.method import Method
 from quant.recipe import Recipe
 
 
@@ -27,7 +36,47 @@ def test_a_single_source_needs_no_share(name: str) -> None:
 )
 def test_several_sources_have_a_share_each(text: str, sources: tuple[Share, ...]) -> None:
     assert parse_mix(text) == sources
-    assert parse_mix(format_mix(sources)) == sources
+
+
+@pytest.mark.parametrize(
+    "text", ["wikitext", "wikitext:1", "wikitext:0.5,self:0.5", "/data/a,b.txt:0.5,C:text.txt:0.5"]
+)
+def test_a_mix_whose_sources_keep_their_names_stays_as_it_was_written(text: str) -> None:
+    assert rename_sources(text, str) == text
+
+
+@pytest.mark.parametrize("path", ["notes.txt", "notes:2"])
+def test_any_path_can_be_the_single_source(path: str) -> None:
+    assert parse_mix(single_source(path)) == (Share(path, 1.0),)
+    assert parse_mix(rename_sources("self", lambda _name: path)) == (Share(path, 1.0),)
+
+
+@pytest.mark.parametrize("method", [Method.AWQ_GPTQ, Method.BEST])
+def test_a_method_that_fits_weights_to_one_source_takes_a_quarter_of_the_models_own_text(method: Method) -> None:
+    recipe = Recipe(method=method, calibration="notes.txt", num_samples=32)
+    assert recipe.calibration_sources == (Share("notes.txt", 0.75), Share("self", 0.25))
+    assert row_counts(recipe.calibration_sources, 32) == (24, 8)
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration", "num_samples"),
+    [
+        (Method.AWQ, "notes.txt", 32),  # nothing is fitted
+        (Method.AWQ_GPTQ, "notes.txt:1", 32),  # the user says how much
+        (Method.AWQ_GPTQ, "self", 32),
+        (Method.AWQ_GPTQ, "notes.txt", 3),  # a quarter is less than a row
+    ],
+)
+def test_elsewhere_the_only_source_is_the_one_that_was_named(
+    method: Method, calibration: str, num_samples: int
+) -> None:
+    recipe = Recipe(method=method, calibration=calibration, num_samples=num_samples)
+    assert [source.share for source in recipe.calibration_sources] == [1.0]
+
+
+def test_shares_that_rows_do_not_divide_are_still_whole_rows() -> None:
+    sources = Recipe(calibration="notes.txt", num_samples=6).calibration_sources
+    assert row_counts(sources, 6) == (5, 1)
 
 
 @pytest.mark.parametrize(

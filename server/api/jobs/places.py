@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant.calibration_mix import PRESETS, SELF_CALIBRATION, Share, format_mix, parse_mix
+from quant.calibration_mix import PRESETS, SELF_CALIBRATION, rename_sources
 from quant.recipe import AUTO, ROW, Recipe, said_group_size
 from server.api.jobs.schema import QuantizeBody
 from server.errors import Conflict, InvalidRequest
@@ -62,7 +62,7 @@ class JobPlaces:
 
     def _resolve_calib(self, text: str) -> str:
         """The calibration with each of its files as a path that this client may name."""
-        return format_mix([Share(self._resolve_text(source.name), source.share) for source in parse_mix(text)])
+        return rename_sources(text, self._resolve_text)
 
     def _resolve_text(self, name: str) -> str:
         if name == SELF_CALIBRATION or name in PRESETS:

@@ -3,6 +3,7 @@
 Legend: B = sequences of a chunk, T = tokens of a sequence, K = in features of a module, N = its out features.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,6 +52,24 @@ class Observation:
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Child:
+    """A module that the block holds itself, by its name in it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ClosedChild(Child):
+    """One that ends with a linear: it gives that one's output, in a tuple with num_others times None if that is given.
+
+    closing: the linear's name in the block; the child's own where it is a linear itself.
+    """
+
+    closing: str
+    num_others: int | None
 
 
 class BlockRecorder(nn.Module):
@@ -119,7 +138,9 @@ def observe(
 
     def giving(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
         def note(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            given.setdefault(name, _as_rows(output[0] if isinstance(output, tuple) else output))
+            states = _as_rows(output[0] if isinstance(output, tuple) else output)
+            # a copy of what some blocks go on to change in place: they add attention to the MLP's output
+            given.setdefault(name, states.clone() if name else states)
             stop_when_all_seen()
 
         return note
@@ -143,6 +164,32 @@ def readers_by_tensor(
     for tensor, name in read:
         readers.setdefault(id(tensor), []).append(name)
     return [tuple(dict.fromkeys(together)) for together in readers.values()]
+
+
+def running_order(block: nn.Module, block_index: int, chunk: BlockInput) -> tuple[Child, ...]:
+    """The block's children in the order in which they run on the chunk, up to the first that runs twice."""
+    given: list[tuple[str, Tensor]] = []
+    ran: list[Child] = []
+
+    def by_linear(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _arguments, output: given.append((name, output))
+
+    def by_child(name: str) -> Callable[[nn.Module, object, object], None]:
+        def note(_module: nn.Module, _arguments: object, output: object) -> None:
+            first, *others = output if isinstance(output, tuple) else (output,)
+            inside = [linear for linear, states in given if states is first and f"{linear}.".startswith(f"{name}.")]
+            num_others = len(others) if isinstance(output, tuple) else None
+            closed = bool(inside) and all(other is None for other in others)
+            ran.append(ClosedChild(name, inside[-1], num_others) if closed else Child(name))
+
+        return note
+
+    linears = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(by_linear(name)) for name, linear in linears]
+    hooks += [child.register_forward_hook(by_child(name)) for name, child in block.named_children()]
+    run_hooked(block, block_index, chunk, hooks)
+    names = [child.name for child in ran]
+    return tuple(itertools.takewhile(lambda child: names.count(child.name) == 1, ran))
 
 
 def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInput:

@@ -11,6 +11,9 @@ from torch import Tensor
 from quant.errors import QuantizationError
 from quant.rounding import GroupGrid
 
+# how much of the correlations between channels is not believed (Ledoit and Wolf, "A well-conditioned estimator for
+# large-dimensional covariance matrices", 2004): other text has others, and errors go where this text has little power
+SHRINKAGE = 0.3
 # added to the gram's diagonal, as a share of its mean: inputs that the calibration never saw must not explode
 DAMPING = 0.01
 # a gram that float32 cannot factor gets ten times the damping, so often at most
@@ -20,14 +23,15 @@ BLOCK_COLUMNS = 64
 
 
 def round_with_feedback(weight: Tensor, gram: Tensor, grid: GroupGrid, bits: int) -> Tensor:
-    """weight float32 [N, K] on its groups' grids so that tr(D G D^T), D its error, is small for inputs of gram [K, K].
+    """weight float32 [N, K] on its groups' grids so that tr(D G D^T), D its error, is small for inputs of gram [K, K],
+    and for inputs that correlate less.
 
     Columns go by falling input power ("act-order"): the most important ones are rounded while all others can still
     make up for them. The grid stays that of each column's own group, so no `g_idx` is needed. Returns float32 [N, K].
     Raises QuantizationError when the gram cannot be factored.
     """
     order = gram.diagonal().argsort(descending=True)
-    factor = _inverse_factor(gram[order][:, order])
+    factor = _inverse_factor(shrink(gram)[order][:, order])
     groups = (order // (weight.shape[1] // grid.scales.shape[1])).tolist()
     # columns as rows: contiguous, so that a column is one read
     columns = weight.T[order].contiguous()
@@ -68,6 +72,11 @@ def _round_columns(columns: Tensor, factor: Tensor, grids: _ColumnGrids, groups:
         column.copy_(rounded)
         columns[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
     return errors
+
+
+def shrink(gram: Tensor) -> Tensor:
+    """The gram [K, K] with SHRINKAGE of its correlations taken away; the power of the channels stays."""
+    return torch.lerp(gram, torch.diag(gram.diagonal()), SHRINKAGE)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:

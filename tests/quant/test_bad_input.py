@@ -105,7 +105,7 @@ def test_activations_that_overflow_are_a_failure_by_the_linears_name(
 
 
 def test_a_quantized_model_is_no_source(model: Path) -> None:
-    assert run(model, "--method", "rtn", "--no-eval").exit_code == 0
+    assert run(model, "--method", "awq", "--no-eval").exit_code == 0
     quantized = (model.parent / "out").rename(model.parent / "quantized")
     check_refused(run(quantized), model, REFUSED, "is quantized already (AWQ gemm); give the original model")
 

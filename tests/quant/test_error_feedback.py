@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quant.error_feedback import DAMPING, round_with_feedback
+from quant.error_feedback import DAMPING, SHRINKAGE, round_with_feedback
 from quant.rounding import GroupGrid, full_range, grid_of, round_onto
 from quant.scale_search import output_error
 
@@ -46,7 +46,9 @@ def optimal_brain_quantization(weight: Tensor, gram: Tensor, grid: GroupGrid) ->
 def test_it_is_optimal_brain_quantization_column_by_column() -> None:
     weight, gram = noise(16, 160, seed=0), gram_of(160)
     grid = grid_for(weight)
-    expected = optimal_brain_quantization(weight, gram, grid)
+    # of Ledoit and Wolf's estimator: a mean of the gram and its diagonal
+    shrunk = (1 - SHRINKAGE) * gram + SHRINKAGE * torch.diag(gram.diagonal())
+    expected = optimal_brain_quantization(weight, shrunk, grid)
     rounded = round_with_feedback(weight, gram, grid, BITS)
     # a value in the middle of two codes may go to either in float32
     assert (rounded == expected).float().mean() > 0.98
@@ -65,6 +67,22 @@ def test_correlated_inputs_lose_less_than_by_rounding_to_nearest() -> None:
     nearest = output_error(weight - round_onto(weight, grid, BITS), gram).sum()
     feedback = output_error(weight - round_with_feedback(weight, gram, grid, BITS), gram).sum()
     assert feedback < 0.5 * nearest
+
+
+def test_inputs_that_correlate_otherwise_lose_less_than_where_the_gram_is_believed() -> None:
+    # given text of another kind: channels of the same power, with correlations of their own
+    weight, gram = noise(32, 128, seed=0), gram_of(128)
+    other = noise(512, 128, seed=7) @ noise(128, 128, seed=8)
+    other = other / other.square().mean(dim=0).sqrt() * gram.diagonal().sqrt()
+    grid = grid_for(weight)
+    shrunk, believed = (
+        output_error(weight - rounded, other.T @ other / len(other)).sum()
+        for rounded in (
+            round_with_feedback(weight, gram, grid, BITS),
+            optimal_brain_quantization(weight, gram, grid),
+        )
+    )
+    assert shrunk < 0.8 * believed
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from quant.self_text import write_text
+from quant.self_text import draw, write_text
 from quant.source import SourceModel, open_source
 from tests.tiny_models import IM_END_ID, IM_START_ID, save_tiny_model
 
@@ -56,3 +56,25 @@ def test_every_step_is_told(tmp_path: Path) -> None:
     source, steps = open_tiny(tmp_path), []
     write_text(source.model, source.tokenizer, (1, 3), 0, lambda done, total: steps.append((done, total)))
     assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    # given a token that cannot come, at either end and in the middle
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = draw(probabilities.log().expand(20000, -1), torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=6) / len(drawn)
+    # three standard deviations
+    torch.testing.assert_close(shares, probabilities, atol=0.011, rtol=0)
+    assert drawn.bincount(minlength=6)[[0, 2, 5]].sum() == 0
+
+
+def test_what_is_written_is_what_the_model_gives_for_all_that_was_written_before(tmp_path: Path) -> None:
+    # given a model that says one token almost surely, so that any state that got lost would show
+    source = open_tiny(tmp_path)
+    with torch.no_grad():
+        source.model.get_input_embeddings().weight.mul_(30)
+        rows = write_text(source.model, source.tokenizer, (2, 40), 0, ignore_step)
+        most_likely = source.model(rows).logits.argmax(dim=-1)
+    assert torch.get_float32_matmul_precision() == "highest"
+    # the first row opens with a prompt, the second with one token
+    assert torch.equal(rows[1, 1:], most_likely[1, :-1])

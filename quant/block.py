@@ -15,7 +15,8 @@ from quant.error_feedback import round_with_feedback
 from quant.errors import QuantizationError
 from quant.input_statistics import InputStatistics, PairStatistics
 from quant.method import MethodSteps
-from quant.rounding import codes_of, full_range, grid_of, round_onto, round_plainly
+from quant.residual import StreamWriter
+from quant.rounding import GroupGrid, codes_of, full_range, grid_of, round_onto, round_plainly
 from quant.salience import LinearChannels, channel_errors, describe_channels
 from quant.scale_fold import STORAGE_DTYPE, fold
 from quant.scale_groups import linear_of
@@ -37,12 +38,16 @@ class BlockPlan:
     """What the model's family and the recipe say about a block.
 
     grouping: that of all its linears, but for those that `mixture` names; linears of a group have the same one.
+    writers: those that add to the residual stream, as far as that is known; the correction uses it. order: the block's
+    children in the order in which they run, up to one that runs twice; what it holds need not be run again and again.
     """
 
     groups: tuple[ScaleGroup, ...]
     grouping: Grouping
     steps: MethodSteps
     mixture: Mapping[str, Grouping] = field(default_factory=dict)
+    writers: Mapping[str, StreamWriter] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
     def grouping_of(self, linear: str) -> Grouping:
         """How the linear of that name in the block is rounded."""
@@ -141,15 +146,18 @@ def round_folded(
     for group in groups:
         choice, scale = folded[group.observed].choice, folded[group.observed].scale
         gram = statistics.inputs[group.observed].gram / (scale[:, None] * scale[None, :])
-        numbers = zip(group.linears, choice.signals, choice.row_norms, choice.plain_losses, strict=True)
-        for name, signal, row_norms, plain_loss in numbers:
-            weight = linear_of(block, name).weight.detach() / scale
-            moments = statistics.moments.get(name)
-            target = (weight if moments is None else correct(weight, moments)) * scale
-            packed = store(block, name, find_codes(target, gram, plan.steps, plan.grouping_of(name)))
+        weights = {name: linear_of(block, name).weight.detach() / scale for name in group.linears}
+        moments = statistics.moments.get(group.observed)
+        targets = weights if moments is None else correct(weights, moments)
+        codes = find_codes(
+            [targets[name] * scale for name in group.linears], gram, plan.steps, plan.grouping_of(group.linears[0])
+        )
+        numbers = zip(group.linears, codes, choice.signals, choice.row_norms, choice.plain_losses, strict=True)
+        for name, own_codes, signal, row_norms, plain_loss in numbers:
+            packed = store(block, name, own_codes)
             # in the outputs' own size, as the signal is: a scale folded into the linear's rows had divided them
-            divisors = _row_divisors(row_norms, weight)
-            errors = channel_errors((target - dequantize(packed)) * divisors[:, None], gram)
+            divisors = _row_divisors(row_norms, weights[name])
+            errors = channel_errors((targets[name] * scale - dequantize(packed)) * divisors[:, None], gram)
             loss = float(errors.sum()) / max(signal, SMALLEST_SIGNAL)
             results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss, errors)
     return results
@@ -176,8 +184,13 @@ def round_linear_plainly(module: nn.Module, name: str, grouping: Grouping) -> Pa
     return store(module, name, codes_of(weight, grid, grouping.bits))
 
 
-def find_codes(weight: Tensor, gram: Tensor, steps: MethodSteps, grouping: Grouping) -> GroupCodes:
-    """The codes of weight [N, K] by the method's steps; never worse in tr(D G D^T) than rounding it to nearest."""
+def find_codes(weights: Sequence[Tensor], gram: Tensor, steps: MethodSteps, grouping: Grouping) -> list[GroupCodes]:
+    """The codes of weights [N, K] that read one input of gram [K, K], by the method's steps.
+
+    No row's loss, its part of tr(D G D^T), is above that of rounding it to nearest.
+    """
+    # rows do not depend on each other: what is worked out of the gram serves those of all weights
+    weight = torch.cat(list(weights))
     ends = search_range(weight, gram, grouping) if steps.ranges else full_range(weight, grouping.group_size)
     grid = grid_of(ends, grouping.bits)
     rounded = round_onto(weight, grid, grouping.bits)
@@ -185,7 +198,9 @@ def find_codes(weight: Tensor, gram: Tensor, steps: MethodSteps, grouping: Group
         candidate = round_with_feedback(weight, gram, grid, grouping.bits)
         better = output_error(weight - candidate, gram) < output_error(weight - rounded, gram)
         rounded = torch.where(better[:, None], candidate, rounded)
-    return codes_of(rounded, grid, grouping.bits)
+    sizes = [len(own) for own in weights]
+    parts = zip(*(torch.split(values, sizes) for values in (rounded, grid.scales, grid.zeros)), strict=True)
+    return [codes_of(own, GroupGrid(scales, zeros), grouping.bits) for own, scales, zeros in parts]
 
 
 def store(module: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:

@@ -22,10 +22,18 @@ from quant.block import (
     round_plain_parameters,
 )
 from quant.block_groups import ScaleGroup
+from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
 from quant.capture import run_block
-from quant.input_statistics import BlockPair, PairStatistics, Streams, capture, capture_pair, relative_weights
+from quant.input_statistics import (
+    PairStatistics,
+    Streams,
+    capture,
+    capture_pair,
+    relative_weights,
+    routed_names,
+)
 from quant.report import BlockError, LayerLoss
-from quant.residual import StreamWriter, find_stream_writers
+from quant.residual import BLOCK, StreamWriter
 from quant.salience import LinearChannels, measure_salience
 
 # float32 rounding over a block stays well under this; a scale folded wrongly is off by more than 0.01
@@ -49,49 +57,60 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
     before, and what adds to the stream that of all others of its stage. Raises QuantizationError naming the module
     whose input is not finite.
     """
-    pair = BlockPair(index, copy.deepcopy(block), block, streams)
+    source = copy.deepcopy(block)
     # without a correction nothing but the sample is compared with the original
-    followed = streams.original if plan.steps.correction else streams.original[:1]
-    outputs = [run_block(pair.original, index, chunk) for chunk in followed]
-    token_weights = relative_weights(outputs)
-    writers = (
-        find_stream_writers(block, index, streams.original[0], plan.linear_names()) if plan.steps.correction else {}
-    )
-    sample, target = streams.current[0], outputs[0].hidden
-    results: dict[str, LayerResult] = {}
-    channels: dict[str, LinearChannels] = {}
-    for stage in stages_of(block, plan.groups):
-        waves = waves_of(stage, writers)
-        statistics = _capture(pair, waves, plan, writers, token_weights)
-        for observed, inputs in statistics.inputs.items():
-            check_finite(f"the input of {name}.{observed}", inputs.gram)
-        channels |= describe_linears(block, stage, plan, statistics.inputs)
-        folded = _fold(pair, stage, plan, statistics)
-        results |= round_folded(block, waves[0], plan, statistics, folded)
-        for wave in waves[1:]:
-            # what it reads, and the stream it adds to, have changed with what was rounded before it
-            changed = _capture(pair, [wave], plan, writers, token_weights).unscaled(folded[wave[0].observed].scale)
-            results |= round_folded(block, wave, plan, changed, folded)
-    chosen_error = _change(run_block(block, index, sample).hidden, target, streams.original[0].hidden)
-    plain = copy.deepcopy(pair.original)
-    plain_packed = round_block_plainly(plain, plan)
-    plain_error = _change(run_block(plain, index, sample).hidden, target, streams.original[0].hidden)
+    original = OriginalBlock(source, index, streams.original if plan.steps.correction else streams.original[:1])
+    outputs = original.run(*_compared(block, plan))
+    before, target = streams.original[0].hidden, outputs[0].hidden
+    round_plain_parameters(block, name, plan)
+    current = CurrentBlock(block, index, streams.current)
+    results, channels = _search_stages(name, BlockPair(original, current), plan, relative_weights(outputs))
+    searched = [current.run(number) for number in range(len(streams.current))]
+    chosen_error = _change(searched[0].hidden, target, before)
+    plain_packed = round_block_plainly(source, plan)
+    plain_error = _change(run_block(source, index, streams.current[0]).hidden, target, before)
 
     if chosen_error <= plain_error:
-        kept, packed = "searched", {linear: result.packed for linear, result in results.items()}
+        kept, packed, reached = "searched", {linear: result.packed for linear, result in results.items()}, searched
         layers = _searched_losses(name, results, channels)
     else:
-        block.load_state_dict(plain.state_dict())
+        block.load_state_dict(source.state_dict())
+        round_plain_parameters(block, name, plan)
         kept, packed = "plain", plain_packed
+        reached = [run_block(block, index, chunk) for chunk in streams.current]
         layers = _plain_losses(name, results, channels)
-    round_plain_parameters(block, name, plan)
-    current = [run_block(block, index, chunk) for chunk in streams.current]
     return BlockOutcome(
         packed=packed,
-        next_streams=Streams(outputs if plan.steps.correction else current, current),
+        next_streams=Streams(outputs if plan.steps.correction else reached, reached),
         layers=layers,
         error=BlockError(name, plain_error, min(chosen_error, plain_error), kept),
     )
+
+
+def _search_stages(
+    name: str, pair: BlockPair, plan: BlockPlan, token_weights: Sequence[Tensor]
+) -> tuple[dict[str, LayerResult], dict[str, LinearChannels]]:
+    """Quantize the linears of the block of that name stage by stage, in place; and how each was before, by name."""
+    results: dict[str, LayerResult] = {}
+    channels: dict[str, LinearChannels] = {}
+    block = pair.current.block
+    stages = stages_of(block, plan.groups)
+    for place, stage in enumerate(stages):
+        pair.current.settle(settled_modules(block, plan.order, stages[place:]))
+        waves = waves_of(stage, plan.writers)
+        statistics = _capture(pair, waves, plan, token_weights)
+        for observed, inputs in statistics.inputs.items():
+            check_finite(f"the input of {name}.{observed}", inputs.gram)
+        channels |= describe_linears(block, stage, plan, statistics.inputs)
+        folded = _fold(pair.current, stage, plan, statistics)
+        # what is yet to be rounded is to see what will be stored
+        round_plain_parameters(block, name, plan)
+        results |= round_folded(block, waves[0], plan, statistics, folded)
+        for wave in waves[1:]:
+            # what it reads, and the stream it adds to, have changed with what was rounded before it
+            changed = _capture(pair, [wave], plan, token_weights).unscaled(folded[wave[0].observed].scale)
+            results |= round_folded(block, wave, plan, changed, folded)
+    return results, channels
 
 
 def _searched_losses(
@@ -141,6 +160,23 @@ def stages_of(block: nn.Module, groups: Sequence[ScaleGroup]) -> list[tuple[Scal
     return sorted(map(tuple, stages), key=lambda stage: min(places[name] for group in stage for name in group.linears))
 
 
+def settled_modules(block: nn.Module, order: Sequence[str], to_come: Sequence[Sequence[ScaleGroup]]) -> list[str]:
+    """Those of the block's modules of that order, in which they run, that give what they will give to the end.
+
+    No stage to come changes them or one that runs before them; those without a linear are not worth naming.
+    """
+    groups = [group for stage in to_come for group in stage]
+    changing = {name for group in groups for name in group.linears}
+    changing |= {group.source.name for group in groups if group.source is not None}
+    settled = []
+    for name in order:
+        if any(f"{other}.".startswith(f"{name}.") for other in changing):
+            break
+        if any(isinstance(module, nn.Linear) for module in block.get_submodule(name).modules()):
+            settled.append(name)
+    return settled
+
+
 def waves_of(stage: Sequence[ScaleGroup], writers: Mapping[str, StreamWriter]) -> list[tuple[ScaleGroup, ...]]:
     """The groups of a stage in sets that are rounded one after the other; at least one.
 
@@ -152,35 +188,42 @@ def waves_of(stage: Sequence[ScaleGroup], writers: Mapping[str, StreamWriter]) -
     return [wave for wave in (others, *((group,) for group in adding)) if wave]
 
 
+def _compared(block: nn.Module, plan: BlockPlan) -> tuple[set[str], set[str]]:
+    """The modules whose inputs, and those whose outputs, are compared with the original's."""
+    if not plan.steps.correction:
+        return set(), set()
+    readers = {writer.reader for writer in plan.writers.values()} - {BLOCK}
+    return ({group.observed for group in plan.groups} | readers) - routed_names(block), {*plan.writers}
+
+
 def _capture(
     pair: BlockPair,
     waves: Sequence[Sequence[ScaleGroup]],
     plan: BlockPlan,
-    writers: Mapping[str, StreamWriter],
     token_weights: Sequence[Tensor],
 ) -> PairStatistics:
     """What the first wave is corrected with, and what the scales of all waves are searched with."""
     if not plan.steps.correction:
         names = list(dict.fromkeys(group.observed for wave in waves for group in wave))
-        return PairStatistics(capture(pair.current, pair.index, pair.streams.current, names), {})
+        return PairStatistics(capture(pair.current, names), {})
     observed = {linear: group.observed for group in waves[0] for linear in group.linears}
-    own = {linear: writer for linear, writer in writers.items() if linear in observed}
+    own = {linear: writer for linear, writer in plan.writers.items() if linear in observed}
     later = [group.observed for wave in waves[1:] for group in wave]
     return capture_pair(pair, observed, own, later, token_weights)
 
 
 def _fold(
-    pair: BlockPair, stage: Sequence[ScaleGroup], plan: BlockPlan, statistics: PairStatistics
+    current: CurrentBlock, stage: Sequence[ScaleGroup], plan: BlockPlan, statistics: PairStatistics
 ) -> dict[str, FoldedGroup]:
     """Search and fold the scales of a stage; all are left at 1 where folding changes what the block computes."""
-    block, sample = pair.current, pair.streams.current[0]
+    block = current.block
     choices = choose_scales(block, stage, plan, statistics.inputs)
     if not plan.steps.scales:
         return keep_scales(block, stage, choices)
     before = copy.deepcopy(block.state_dict())
-    expected = run_block(block, pair.index, sample).hidden
+    expected = current.run(0).hidden
     folded = fold_scales(block, stage, choices)
-    if _change(run_block(block, pair.index, sample).hidden, expected, sample.hidden) < MAX_FOLD_ERROR:
+    if _change(current.run(0).hidden, expected, current.chunks[0].hidden) < MAX_FOLD_ERROR:
         return folded
     block.load_state_dict(before)
     return keep_scales(block, stage, choices)

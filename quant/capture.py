@@ -3,6 +3,7 @@
 Legend: B = sequences of a chunk, T = tokens of a sequence, K = in features of a module, N = its out features.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -119,7 +120,9 @@ def observe(
 
     def giving(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
         def note(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            given.setdefault(name, _as_rows(output[0] if isinstance(output, tuple) else output))
+            states = _as_rows(output[0] if isinstance(output, tuple) else output)
+            # a copy of what some blocks go on to change in place: they add attention to the MLP's output
+            given.setdefault(name, states.clone() if name else states)
             stop_when_all_seen()
 
         return note
@@ -135,7 +138,7 @@ def readers_by_tensor(
     block: nn.Module, block_index: int, chunk: BlockInput, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """The named modules in sets: those that read the very same tensor are together. Modules that do not run are out."""
-    read: list[tuple[Tensor, str]] = []
+    read: list[tuple[object, str]] = []
     hooks = [block.get_submodule(name).register_forward_pre_hook(_noting(name, read)) for name in names]
     run_hooked(block, block_index, chunk, hooks)
     # `read` holds the tensors, so no two of them have had one address
@@ -143,6 +146,15 @@ def readers_by_tensor(
     for tensor, name in read:
         readers.setdefault(id(tensor), []).append(name)
     return [tuple(dict.fromkeys(together)) for together in readers.values()]
+
+
+def running_order(block: nn.Module, block_index: int, chunk: BlockInput) -> tuple[str, ...]:
+    """The block's children in the order in which they run on the chunk, up to the first that runs twice."""
+    read: list[tuple[object, str]] = []
+    hooks = [child.register_forward_pre_hook(_noting(name, read)) for name, child in block.named_children()]
+    run_hooked(block, block_index, chunk, hooks)
+    names = [name for _, name in read]
+    return tuple(itertools.takewhile(lambda name: names.count(name) == 1, names))
 
 
 def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInput:
@@ -163,9 +175,10 @@ def _as_rows(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1]).float()
 
 
-def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        read.append((arguments[0], name))
+def _noting(name: str, read: list[tuple[object, str]]) -> Callable[[nn.Module, tuple[object, ...]], None]:
+    def note(_module: nn.Module, arguments: tuple[object, ...]) -> None:
+        # attention is called by keywords alone in many families
+        read.append((arguments[0] if arguments else None, name))
 
     return note
 

@@ -7,6 +7,7 @@ the residual stream it makes up for the stream's own drift, too: errors then sto
 Legend: N = out features, K = in features, X and Y = inputs in the original and in the quantized model [tokens, K].
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,30 +23,29 @@ SMALLEST_POWER = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens: gram Y^T Y [K, K], cross X^T Y [K, K], and drift E^T Y [N, K], where E is what the linear's
-    output has to add for the residual stream to be the original's; None where the linear does not add to it."""
+    """Sums over tokens: gram Y^T Y [K, K] and cross X^T Y [K, K] of an input; and of the linears that read it and add
+    to the residual stream drifts E^T Y [N, K], where E is what the output has to add for the stream to be right."""
 
     gram: Tensor
     cross: Tensor
-    drift: Tensor | None
+    drifts: Mapping[str, Tensor]
 
     def __add__(self, other: "Moments") -> "Moments":
-        drift = None if self.drift is None or other.drift is None else self.drift + other.drift
-        return Moments(self.gram + other.gram, self.cross + other.cross, drift)
-
-    def of_rows(self, step: int) -> "Moments":
-        """The moments of every step-th row of the weight."""
-        return Moments(self.gram, self.cross, None if self.drift is None else self.drift[::step])
+        drifts = {name: drift + other.drifts[name] for name, drift in self.drifts.items()}
+        return Moments(self.gram + other.gram, self.cross + other.cross, drifts)
 
     def unscaled(self, scale: Tensor) -> "Moments":
         """The moments of inputs Y before they were divided by scale [K]."""
-        drift = None if self.drift is None else self.drift * scale
-        return Moments(self.gram * (scale[:, None] * scale[None, :]), self.cross * scale, drift)
+        drifts = {name: drift * scale for name, drift in self.drifts.items()}
+        return Moments(self.gram * (scale[:, None] * scale[None, :]), self.cross * scale, drifts)
 
-    def target(self, weight: Tensor) -> Tensor:
-        """What a weight's outputs should be, against the inputs: (W X^T + E^T) Y [N, K]."""
+    def target(self, name: str, weight: Tensor, step: int) -> Tensor:
+        """What every step-th output of the named linear should be, against the inputs: (W X^T + E^T) Y [N / step, K].
+
+        weight: those rows of the linear's.
+        """
         target = weight @ self.cross
-        return target if self.drift is None else target + self.drift
+        return target + self.drifts[name][::step] if name in self.drifts else target
 
 
 @dataclass(frozen=True)
@@ -56,30 +56,52 @@ class SplitMoments:
     held_out: Moments
 
 
-def correct(weight: Tensor, moments: SplitMoments) -> Tensor:
-    """The weight V [N, K] that minimises |W X + E - V Y|^2 + r |W - V|^2 over the tokens, for weight W [N, K].
+def correct(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict[str, Tensor]:
+    """The weights V [N, K] that minimise |W X + E - V Y|^2 + r |W - V|^2 over the tokens, for weights W [N, K] by name.
 
     V = ((W X^T + E^T) Y + r W) (Y^T Y + r)^-1. The ridge r is the one of RIDGES whose V, fitted to most tokens, is best
-    on the rest; where none is better there than W, that is returned: little text, or text of many kinds, moves little.
+    on the rest, for each linear its own; where none is better there than W, that is returned: little text, or text of
+    many kinds, moves little. All linears read one input.
     """
-    step = -(-len(weight) // RANKING_ROWS)
-    sample, fit, held_out = weight[::step], moments.fit.of_rows(step), moments.held_out.of_rows(step)
-    chosen, least = None, _error(sample, sample, held_out)
+    ridges = _choose_ridges(weights, moments)
+    corrected = dict(weights)
+    whole = moments.fit + moments.held_out
+    for ridge in dict.fromkeys(ridges.values()):
+        names = [name for name in weights if ridges[name] == ridge]
+        if ridge is not None:
+            rows = torch.cat([weights[name] for name in names])
+            target = torch.cat([whole.target(name, weights[name], 1) for name in names])
+            solved = torch.split(_solve(rows, target, whole.gram, ridge), [len(weights[name]) for name in names])
+            corrected |= zip(names, solved, strict=True)
+    return corrected
+
+
+def _choose_ridges(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict[str, float | None]:
+    """The best ridge of each linear; None where the weight is better as it is."""
+    steps = {name: -(-len(weight) // RANKING_ROWS) for name, weight in weights.items()}
+    samples = {name: weight[:: steps[name]] for name, weight in weights.items()}
+    sizes = [len(sample) for sample in samples.values()]
+    fitted, held_out = (
+        torch.cat([part.target(name, sample, steps[name]) for name, sample in samples.items()])
+        for part in (moments.fit, moments.held_out)
+    )
+    rows = torch.cat(list(samples.values()))
+
+    def errors(candidate: Tensor) -> list[float]:
+        """Of each linear |W X + E - V Y|^2 on the held-out tokens, less what does not depend on V."""
+        by_row = ((candidate @ moments.held_out.gram - 2 * held_out) * candidate).sum(dim=1)
+        return [float(part.sum()) for part in torch.split(by_row, sizes)]
+
+    tried: dict[float | None, list[float]] = {None: errors(rows)}
     for ridge in RIDGES:
-        error = _error(_solve(sample, fit, ridge), sample, held_out)
-        if error < least:
-            chosen, least = ridge, error
-    return weight if chosen is None else _solve(weight, moments.fit + moments.held_out, chosen)
+        tried[ridge] = errors(_solve(rows, fitted, moments.fit.gram, ridge))
+    # the first of equals: a weight that gains nothing stays as it is
+    return {name: min(tried, key=lambda ridge: tried[ridge][place]) for place, name in enumerate(weights)}
 
 
-def _error(candidate: Tensor, weight: Tensor, moments: Moments) -> float:
-    """|W X + E - V Y|^2 less what does not depend on V."""
-    return float(((candidate @ moments.gram - 2 * moments.target(weight)) * candidate).sum())
-
-
-def _solve(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
-    power = moments.gram.diagonal().mean().clamp(min=SMALLEST_POWER)
+def _solve(weight: Tensor, target: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    power = gram.diagonal().mean().clamp(min=SMALLEST_POWER)
     penalty = ridge * power
     # the ridge makes it positive definite by a margin that float32 holds, whatever the tokens
-    factor = torch.linalg.cholesky(moments.gram + penalty * torch.eye(len(moments.gram)))
-    return torch.cholesky_solve((moments.target(weight) + penalty * weight).T, factor).T.contiguous()
+    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram)))
+    return torch.cholesky_solve((target + penalty * weight).T, factor).T.contiguous()

@@ -3,6 +3,8 @@
 Legend: N = out features, K = in features, G = groups along K.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,29 +28,42 @@ def round_with_feedback(weight: Tensor, gram: Tensor, grid: GroupGrid, bits: int
     """
     order = gram.diagonal().argsort(descending=True)
     factor = _inverse_factor(gram[order][:, order])
-    group_of = order // (weight.shape[1] // grid.scales.shape[1])
+    groups = (order // (weight.shape[1] // grid.scales.shape[1])).tolist()
     # columns as rows: contiguous, so that a column is one read
-    columns, scales, zeros = (
-        values.T[index].contiguous()
-        for values, index in ((weight, order), (grid.scales, group_of), (grid.zeros, group_of))
-    )
+    columns = weight.T[order].contiguous()
+    grids = _ColumnGrids.of(grid, bits)
     for start in range(0, len(columns), BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, len(columns))
-        errors = _round_columns(
-            columns[start:end], factor[start:end, start:end], scales[start:end], zeros[start:end], bits
-        )
+        errors = _round_columns(columns[start:end], factor[start:end, start:end], grids, groups[start:end])
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     rounded = torch.empty_like(columns)
     rounded[order] = columns
     return rounded.T.contiguous()
 
 
-def _round_columns(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """Round a block of columns [B, N] in place, each taking on the errors before it. Returns the scaled errors."""
+@dataclass(frozen=True)
+class _ColumnGrids:
+    """Of every group the scale of each row and the steps of it that its codes reach down and up, each [G, N]."""
+
+    scales: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    @classmethod
+    def of(cls, grid: GroupGrid, bits: int) -> "_ColumnGrids":
+        zeros = grid.zeros.T.contiguous()
+        return cls(grid.scales.T.contiguous(), -zeros, 2**bits - 1 - zeros)
+
+
+def _round_columns(columns: Tensor, factor: Tensor, grids: _ColumnGrids, groups: list[int]) -> Tensor:
+    """Round a block of columns [B, N] of these groups in place, each taking on the errors before it.
+
+    Returns the scaled errors.
+    """
     errors = torch.empty_like(columns)
-    for index, column in enumerate(columns):
-        codes = (column / scales[index]).round_().add_(zeros[index]).clamp_(0, 2**bits - 1)
-        rounded = codes.sub_(zeros[index]).mul_(scales[index])
+    for index, group in enumerate(groups):
+        column, scale = columns[index], grids.scales[group]
+        rounded = (column / scale).round_().clamp_(grids.lowest[group], grids.highest[group]).mul_(scale)
         torch.sub(column, rounded, out=errors[index]).div_(factor[index, index])
         column.copy_(rounded)
         columns[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)

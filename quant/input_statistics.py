@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quant.capture import BlockInput, Observation, observe, run_hooked
+from quant.block_pair import BlockPair, CurrentBlock
+from quant.capture import BlockInput, Observation, run_hooked
 from quant.correction import Moments, SplitMoments
 from quant.linear_experts import Expert, LinearExperts
 from quant.residual import BLOCK, StreamWriter
@@ -19,6 +20,8 @@ from quant.residual import BLOCK, StreamWriter
 MIN_EXPERT_TOKENS = 256
 # one token in so many tells how well a correction carries over to text that it was not fitted to
 HELD_OUT_SHARE = 4
+# of a gram's columns: more panels spare more of the products, up to half, but are slower ones
+NUM_PANELS = 3
 # of the median token's power: a state that is nearly 0 must not count for more than ten tokens
 SMALLEST_POWER_SHARE = 0.1
 
@@ -40,21 +43,8 @@ class Streams:
 
 
 @dataclass(frozen=True)
-class BlockPair:
-    """One block twice, `original` as the source has it and `current` as far as it is quantized, and what goes in.
-
-    index: the block's place in the model.
-    """
-
-    index: int
-    original: nn.Module
-    current: nn.Module
-    streams: Streams
-
-
-@dataclass(frozen=True)
 class PairStatistics:
-    """inputs: by observed module. moments: by linear, what its weights are corrected with, if they are."""
+    """Both by observed module. moments: what the weights of the linears that read there are corrected with, if any."""
 
     inputs: Mapping[str, InputStatistics]
     moments: Mapping[str, SplitMoments]
@@ -74,17 +64,36 @@ class PairStatistics:
         )
 
 
+class _GramSum:
+    """Adds up Y^T Y [K, K], of which only panels on and above the diagonal are multiplied: the rest is their mirror."""
+
+    def __init__(self, num_features: int) -> None:
+        self._upper = torch.zeros(num_features, num_features)
+        self._width = -(-num_features // NUM_PANELS)
+
+    def add(self, weighted: Tensor, rows: Tensor) -> None:
+        """Count inputs [tokens, K], given as they are and times their weights."""
+        for start in range(0, len(self._upper), self._width):
+            panel = slice(start, start + self._width)
+            self._upper[panel, start:].addmm_(weighted[:, panel].T, rows[:, start:])
+
+    def result(self) -> Tensor:
+        """The whole sum, in the memory that it was added up in."""
+        mirror = self._upper.triu(1).T
+        return self._upper.triu_().add_(mirror)
+
+
 class StatisticsSum:
     """Adds up the statistics of one linear's input."""
 
     def __init__(self, num_features: int) -> None:
-        self._gram = torch.zeros(num_features, num_features)
+        self._gram = _GramSum(num_features)
         self._magnitude = torch.zeros(num_features)
         self._num_tokens = 0
 
     def add(self, rows: Tensor, weights: Tensor) -> None:
         """Count inputs [tokens, K], in the gram by weights [tokens]."""
-        self._gram.addmm_((rows * weights[:, None]).T, rows)
+        self._gram.add(rows * weights[:, None], rows)
         self._magnitude += rows.abs().sum(dim=0)
         self._num_tokens += len(rows)
 
@@ -96,8 +105,10 @@ class StatisticsSum:
     def result(self) -> InputStatistics:
         """The means over all tokens counted. Where there were none, every channel counts the same."""
         if self._num_tokens == 0:
-            return InputStatistics(torch.eye(len(self._gram)), torch.ones_like(self._magnitude))
-        return InputStatistics(gram=self._gram / self._num_tokens, mean_magnitude=self._magnitude / self._num_tokens)
+            return InputStatistics(torch.eye(len(self._magnitude)), torch.ones_like(self._magnitude))
+        return InputStatistics(
+            gram=self._gram.result() / self._num_tokens, mean_magnitude=self._magnitude / self._num_tokens
+        )
 
 
 class PairSum:
@@ -109,7 +120,7 @@ class PairSum:
         self._num_tokens = 0
         self._parts = tuple(
             _Part(
-                gram=torch.zeros(num_features, num_features),
+                gram=_GramSum(num_features),
                 cross=torch.zeros(num_features, num_features),
                 drifts={linear: torch.zeros(size, num_features) for linear, size in num_outputs.items()},
             )
@@ -123,40 +134,34 @@ class PairSum:
         num_fitted = len(current) - len(current) // HELD_OUT_SHARE
         for part, tokens in zip(self._parts, (slice(num_fitted), slice(num_fitted, None)), strict=True):
             weighted = current[tokens] * weights[tokens, None]
-            part.gram.addmm_(weighted.T, current[tokens])
+            part.gram.add(weighted, current[tokens])
             part.cross.addmm_(original[tokens].T, weighted)
             for linear, drift in drifts.items():
                 part.drifts[linear].addmm_(drift[tokens].T, weighted)
 
-    def statistics(self) -> InputStatistics:
-        """What scales and ranges are searched with."""
-        gram = self._parts[0].gram + self._parts[1].gram
-        return InputStatistics(gram / self._num_tokens, self._magnitude / self._num_tokens)
-
-    def moments(self, linear: str) -> SplitMoments:
-        """What the named linear is corrected with."""
-        fit, held_out = (Moments(part.gram, part.cross, part.drifts.get(linear)) for part in self._parts)
-        return SplitMoments(fit, held_out)
+    def result(self) -> tuple[InputStatistics, SplitMoments]:
+        """What scales and ranges are searched with, and what the linears are corrected with."""
+        fit, held_out = (Moments(part.gram.result(), part.cross, part.drifts) for part in self._parts)
+        gram = (fit.gram + held_out.gram) / self._num_tokens
+        return InputStatistics(gram, self._magnitude / self._num_tokens), SplitMoments(fit, held_out)
 
 
 @dataclass(frozen=True)
 class _Part:
     """Sums over one part of the tokens, added to in place."""
 
-    gram: Tensor
+    gram: _GramSum
     cross: Tensor
     drifts: Mapping[str, Tensor]
 
 
-def capture(
-    block: nn.Module, block_index: int, inputs: Sequence[BlockInput], names: Sequence[str]
-) -> dict[str, InputStatistics]:
+def capture(current: CurrentBlock, names: Sequence[str]) -> dict[str, InputStatistics]:
     """What each named module reads in all chunks. An expert that few tokens reached is shown all in a second run."""
-    sums = {name: _sum_for(block, name) for name in names}
-    for chunk in inputs:
-        for name, rows in observe(block, block_index, chunk, names).inputs.items():
+    sums = {name: _sum_for(current.block, name) for name in names}
+    for number in range(len(current.chunks)):
+        for name, rows in current.observe(number, names).inputs.items():
             sums[name].add(rows, torch.ones(len(rows)))
-    sums |= _show_all_tokens(block, block_index, inputs, sums)
+    sums |= _show_all_tokens(current, sums)
     return {name: total.result() for name, total in sums.items()}
 
 
@@ -174,7 +179,7 @@ def capture_pair(
     is captured when the linears before are rounded. Inputs of what adds to the stream, now or later, are weighted by
     token_weights, float32 [tokens] of each chunk, and the others are not.
     """
-    block = pair.current
+    block = pair.current.block
     names = [*dict.fromkeys(observed.values())]
     own_writers = {
         name: {linear: writer for linear, writer in writers.items() if observed[linear] == name} for name in names
@@ -182,12 +187,12 @@ def capture_pair(
     places = [writer.reader for writer in writers.values()]
     read = [*dict.fromkeys([*names, *(place for place in places if place != BLOCK)])]
     given = [*writers, *([BLOCK] if BLOCK in places else [])]
-    routed = _routed_names(block)
+    routed = routed_names(block)
     alone = {name: _sum_for(block, name) for name in (*names, *later) if name in routed or name in later}
     paired = {name: _pair_sum_for(block, name, own_writers[name]) for name in names if name not in alone}
-    for original_chunk, chunk, weights in zip(pair.streams.original, pair.streams.current, token_weights, strict=True):
-        current = observe(block, pair.index, chunk, {*read, *later}, given)
-        original = observe(pair.original, pair.index, original_chunk, {*read} - routed, given)
+    for number, weights in enumerate(token_weights):
+        current = pair.current.observe(number, {*read, *later}, given)
+        original = pair.original.observe(number, {*read} - routed, given)
         for name, total in paired.items():
             drifts = {linear: _drift(linear, writer, original, current) for linear, writer in own_writers[name].items()}
             factors = weights if drifts else torch.ones_like(weights)
@@ -195,14 +200,21 @@ def capture_pair(
         for name in alone.keys() & current.inputs.keys():
             rows = current.inputs[name]
             alone[name].add(rows, weights if name in later else torch.ones(len(rows)))
-    alone |= _show_all_tokens(block, pair.index, pair.streams.current, alone)
+    alone |= _show_all_tokens(pair.current, alone)
+    results = {name: total.result() for name, total in paired.items()}
     return PairStatistics(
         inputs={
-            **{name: total.statistics() for name, total in paired.items()},
+            **{name: inputs for name, (inputs, _) in results.items()},
             **{name: total.result() for name, total in alone.items()},
         },
-        moments={linear: paired[name].moments(linear) for linear, name in observed.items() if name in paired},
+        moments={name: moments for name, (_, moments) in results.items()},
     )
+
+
+def routed_names(block: nn.Module) -> set[str]:
+    """The modules inside of experts: which tokens reach them is decided by states that differ between two models."""
+    experts = [name for name, module in block.named_modules() if isinstance(module, LinearExperts)]
+    return {name for name, _ in block.named_modules() if any(name.startswith(f"{prefix}.") for prefix in experts)}
 
 
 def relative_weights(outputs: Sequence[BlockInput]) -> list[Tensor]:
@@ -234,16 +246,9 @@ def _pair_sum_for(block: nn.Module, name: str, writers: Mapping[str, StreamWrite
     return PairSum(block.get_submodule(name).get_parameter("weight").shape[1], num_outputs)
 
 
-def _routed_names(block: nn.Module) -> set[str]:
-    """The modules inside of experts: which tokens reach them is decided by states that differ between two models."""
-    experts = [name for name, module in block.named_modules() if isinstance(module, LinearExperts)]
-    return {name for name, _ in block.named_modules() if any(name.startswith(f"{prefix}.") for prefix in experts)}
-
-
-def _show_all_tokens(
-    block: nn.Module, block_index: int, inputs: Sequence[BlockInput], seen: Mapping[str, StatisticsSum]
-) -> dict[str, StatisticsSum]:
+def _show_all_tokens(current: CurrentBlock, seen: Mapping[str, StatisticsSum]) -> dict[str, StatisticsSum]:
     """Sums for the starved among the linears of experts: what they would read if every token went there."""
+    block = current.block
     starved = [name for name, total in seen.items() if total.num_tokens < MIN_EXPERT_TOKENS]
     sums: dict[str, StatisticsSum] = {}
     shown_experts = []
@@ -257,9 +262,9 @@ def _show_all_tokens(
                     sums |= {own[linear]: total for linear, total in shown.items()}
                     shown_experts.append((experts, _showing(expert, shown)))
     if sums:
-        for chunk in inputs:
+        for chunk in current.chunks:
             hooks = [experts.register_forward_pre_hook(hook) for experts, hook in shown_experts]
-            run_hooked(block, block_index, chunk, hooks)
+            run_hooked(block, current.index, chunk, hooks)
     return sums
 
 

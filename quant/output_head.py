@@ -56,7 +56,8 @@ def search_head(
     weight = linear_of(model, plan.name).weight.detach().clone()
     signal = float(output_error(weight, gram).sum())
     plain = round_plainly(weight, plan.grouping.group_size, plan.grouping.bits)
-    packed = store(model, plan.name, find_codes(weight, gram, steps, plan.grouping))
+    (codes,) = find_codes([weight], gram, steps, plan.grouping)
+    packed = store(model, plan.name, codes)
     plain_loss, loss = (relative_loss(weight - rounded, gram, signal) for rounded in (plain, dequantize(packed)))
     return packed, LayerLoss(plan.name, IDENTITY, plain_loss, loss)
 

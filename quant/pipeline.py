@@ -14,8 +14,8 @@ from kernels.layout import PackedWeight
 from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import OptionRange, Shape, budget_of
 from quant.block import check_finite, plain_parameters, round_block_plainly, round_plain_parameters
-from quant.block_groups import share_inputs
 from quant.block_search import search_block
+from quant.block_structure import BlockStructures
 from quant.calibration import CalibrationText, CalibrationTokens, calibration_tokens, read_texts
 from quant.capture import embed
 from quant.checkpoint.location import recorded_name
@@ -213,16 +213,17 @@ def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
     """Block after block, each on the states that the quantized blocks before it give and on those of the original."""
     inputs = embed(job.plan.stack, tokens.ids)
     streams = Streams(inputs, inputs)
+    structures = BlockStructures()
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
     _report_blocks(job, 0)
     for index, (block_name, block) in enumerate(job.plan.stack.blocks.items()):
+        # of a finished block, too: what it tells of later ones is then the same as in an unbroken run
+        plan = structures.complete(job.plan.blocks[block_name], block, index, streams.original[0])
         if index < job.num_resumed:
             done = job.finished.read_block(index)
             streams = replay_block(block, index, streams, done, job.recipe.steps)
         else:
-            plan = job.plan.blocks[block_name]
-            plan = replace(plan, groups=share_inputs(plan.groups, block, index, streams.current[0]))
             outcome = search_block(block, block_name, index, streams, plan)
             streams = outcome.next_streams
             done = _finish(job, index, outcome.packed, SearchNumbers(layers=outcome.layers, blocks=(outcome.error,)))

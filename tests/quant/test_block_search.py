@@ -16,7 +16,9 @@ from kernels.layout import PackedWeight, unpack
 from kernels.reference import dequantize
 from quant.block import BlockPlan, FoldedGroup, fold_scales, round_block_plainly
 from quant.block_groups import ScaleGroup, groups_of
+from quant.block_pair import CurrentBlock
 from quant.block_search import BlockOutcome, search_block, stages_of
+from quant.block_structure import BlockStructures
 from quant.capture import BlockInput, embed, run_block
 from quant.input_statistics import Streams, capture
 from quant.method import STEPS, Method
@@ -54,9 +56,10 @@ def subject(tmp_path: Path) -> Subject:
         model, rounded = (AutoModelForCausalLM.from_pretrained(directory).eval() for _ in range(2))
         block = find_blocks(model).blocks[NAME]
         groups = groups_of(block, rows_of("llama"), model.config)
-        plan = BlockPlan(groups, Grouping(bits=4, group_size=32), STEPS[Method.AWQ_GPTQ])
-        plain = round_block_plainly(find_blocks(rounded).blocks[NAME], plan)
+        steps = STEPS[Method.AWQ_GPTQ]
         inputs = embed(find_blocks(model), tokens)
+        plan = BlockStructures().complete(BlockPlan(groups, Grouping(4, 32), steps), block, 0, inputs[0])
+        plain = round_block_plainly(find_blocks(rounded).blocks[NAME], plan)
         return Subject(block, plan, inputs, run_block(block, 0, inputs[0]).hidden, plain)
 
 
@@ -92,7 +95,7 @@ def test_each_layer_says_what_it_and_its_salient_channels_make_of_the_error(
             original.get_parameter(norm) / subject.block.get_parameter(norm),
         )
         rows = 1 / linear_of(subject.block, name).bias
-        known = capture(subject.block, 0, subject.inputs, [name])[name]
+        known = capture(CurrentBlock(subject.block, 0, subject.inputs), [name])[name]
         gram = known.gram * scale[:, None] * scale
         signal = output_error(weight, gram).sum()
         plain = channel_errors(weight - dequantize(subject.plain[name]), gram)
@@ -187,9 +190,7 @@ def drifted(inputs: list[BlockInput]) -> list[BlockInput]:
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "cohere", "falcon-7b", "opt", "qwen3-moe", "opt-350m"])
-def test_a_block_takes_back_what_the_stream_has_drifted(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_takes_back_what_the_stream_has_drifted(name: str, tmp_path: Path) -> None:
     # given a block whose inputs have drifted, rounded so finely that the drift is all of its error
     errors = {}
     for corrected in (True, False):
@@ -198,11 +199,11 @@ def test_a_block_takes_back_what_the_stream_has_drifted(
         block_name, block = next(iter(stack.blocks.items()))
         groups = groups_of(block, rows_of(model.config.model_type), model.config)
         plan = BlockPlan(groups, Grouping(bits=8, group_size=32), STEPS[Method.AWQ_GPTQ])
-        if not corrected:
-            monkeypatch.setattr(quant.block_search, "find_stream_writers", lambda *_: {})
         tokens = torch.randint(256, (16, 32), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             inputs = embed(stack, tokens)
+            if corrected:
+                plan = BlockStructures().complete(plan, block, 0, inputs[0])
             outcome = search_block(block, block_name, 0, Streams(inputs, drifted(inputs)), plan)
         pairs = zip(outcome.next_streams.original, outcome.next_streams.current, strict=True)
         errors[corrected] = sum(float((x.hidden - y.hidden).square().sum()) for x, y in pairs)

@@ -6,6 +6,7 @@ from torch import Tensor
 from quant.correction import Moments, SplitMoments, correct
 
 NUM_FEATURES, NUM_OUTPUTS = 24, 8
+NAME = "linear"
 
 
 def noise(*shape: int, seed: int) -> Tensor:
@@ -18,11 +19,15 @@ def split_moments(original: Tensor, current: Tensor, drift: Tensor | None = None
         Moments(
             gram=current[tokens].T @ current[tokens],
             cross=original[tokens].T @ current[tokens],
-            drift=None if drift is None else drift[tokens].T @ current[tokens],
+            drifts={} if drift is None else {NAME: drift[tokens].T @ current[tokens]},
         )
         for tokens in (slice(half), slice(half, None))
     )
     return SplitMoments(fit, held_out)
+
+
+def corrected_of(weight: Tensor, moments: SplitMoments) -> Tensor:
+    return correct({NAME: weight}, moments)[NAME]
 
 
 def test_a_linear_change_of_the_inputs_is_taken_back() -> None:
@@ -31,7 +36,7 @@ def test_a_linear_change_of_the_inputs_is_taken_back() -> None:
     current = original @ (torch.eye(NUM_FEATURES) + 0.1 * noise(NUM_FEATURES, NUM_FEATURES, seed=1))
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
 
-    corrected = correct(weight, split_moments(original, current))
+    corrected = corrected_of(weight, split_moments(original, current))
 
     before = (original @ weight.T - current @ weight.T).square().mean()
     after = (original @ weight.T - current @ corrected.T).square().mean()
@@ -44,7 +49,7 @@ def test_the_drift_of_the_stream_is_made_up_for() -> None:
     drift = inputs @ noise(NUM_FEATURES, NUM_OUTPUTS, seed=1)
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
 
-    corrected = correct(weight, split_moments(inputs, inputs, drift))
+    corrected = corrected_of(weight, split_moments(inputs, inputs, drift))
 
     remaining = inputs @ weight.T + drift - inputs @ corrected.T
     assert remaining.square().mean() < 0.01 * drift.square().mean()
@@ -56,7 +61,7 @@ def test_what_does_not_carry_over_to_held_out_text_is_left_alone() -> None:
     drift = 3 * noise(60, NUM_OUTPUTS, seed=1)
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
 
-    corrected = correct(weight, split_moments(inputs, inputs, drift))
+    corrected = corrected_of(weight, split_moments(inputs, inputs, drift))
 
     # plain least squares moves them by more than 0.5
     assert (corrected - weight).square().mean().sqrt() < 0.2
@@ -65,12 +70,26 @@ def test_what_does_not_carry_over_to_held_out_text_is_left_alone() -> None:
 def test_equal_inputs_change_no_weight() -> None:
     inputs = noise(100, NUM_FEATURES, seed=0)
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
-    torch.testing.assert_close(correct(weight, split_moments(inputs, inputs)), weight)
+    torch.testing.assert_close(corrected_of(weight, split_moments(inputs, inputs)), weight)
 
 
 def test_dead_inputs_and_no_tokens_leave_finite_weights() -> None:
     inputs = noise(50, NUM_FEATURES, seed=0)
     inputs[:, 3] = 0
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
-    assert torch.isfinite(correct(weight, split_moments(inputs, inputs * 1.1))).all()
-    assert torch.equal(correct(weight, split_moments(inputs[:0], inputs[:0])), weight)
+    assert torch.isfinite(corrected_of(weight, split_moments(inputs, inputs * 1.1))).all()
+    assert torch.equal(corrected_of(weight, split_moments(inputs[:0], inputs[:0])), weight)
+
+
+def test_linears_that_read_one_input_are_corrected_as_each_would_be_alone() -> None:
+    # given one of them that adds to a drifting stream, and more rows than ridges are ranked on
+    original = noise(400, NUM_FEATURES, seed=0)
+    current = original + 0.3 * noise(400, NUM_FEATURES, seed=1)
+    drift = current @ noise(NUM_FEATURES, NUM_OUTPUTS, seed=2)
+    weights = {NAME: noise(NUM_OUTPUTS, NUM_FEATURES, seed=3), "wide": 100 * noise(600, NUM_FEATURES, seed=4)}
+    moments = split_moments(original, current, drift)
+
+    together = correct(weights, moments)
+
+    for name, weight in weights.items():
+        torch.testing.assert_close(together[name], correct({name: weight}, moments)[name])

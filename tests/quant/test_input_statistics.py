@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from quant import input_statistics
+from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
 from quant.capture import BlockInput, embed, run_block
-from quant.input_statistics import BlockPair, StatisticsSum, Streams, capture, capture_pair, relative_weights
+from quant.input_statistics import StatisticsSum, capture, capture_pair, relative_weights
 from quant.model_structure import find_blocks
 from quant.residual import StreamWriter
 from tests.quant.tiny_families import VARIANTS, open_tiny
@@ -22,7 +23,7 @@ def test_statistics_are_those_of_all_tokens_that_the_linear_reads(tmp_path: Path
     block = model.get_submodule("model.layers.0")
     with torch.no_grad():
         inputs = embed(find_blocks(model), TOKENS)
-        captured = capture(block, 0, inputs, ["self_attn.q_proj"])
+        captured = capture(CurrentBlock(block, 0, inputs), ["self_attn.q_proj"])
         read = block.get_submodule("input_layernorm")(torch.cat([chunk.hidden for chunk in inputs])).reshape(-1, 64)
     statistics = captured["self_attn.q_proj"]
     torch.testing.assert_close(statistics.gram, read.T @ read / len(read))
@@ -40,7 +41,7 @@ def test_experts_that_few_tokens_reach_are_shown_all(tmp_path: Path) -> None:
         run_block(block, 0, inputs[0])
         block.get_submodule("mlp.gate").get_parameter("weight")[3] = -100 * read[0].mean(dim=0)
         read.clear()
-        captured = capture(block, 0, inputs, ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"])
+        captured = capture(CurrentBlock(block, 0, inputs), ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"])
         expert = block.get_submodule("mlp.experts.3")
         states = torch.cat(read[: len(inputs)])
         activations = torch.nn.functional.silu(expert.gate_proj(states)) * expert.up_proj(states)
@@ -61,7 +62,7 @@ def test_an_expert_that_many_tokens_reach_is_known_by_them_alone(
         block.get_submodule("mlp.experts.0.down_proj").register_forward_pre_hook(
             lambda _module, arguments: read.append(arguments[0])
         )
-        captured = capture(block, 0, inputs, ["mlp.experts.0.down_proj"])
+        captured = capture(CurrentBlock(block, 0, inputs), ["mlp.experts.0.down_proj"])
     own = torch.cat(read)
     assert 2 <= len(own) < TOKENS.numel()
     torch.testing.assert_close(captured["mlp.experts.0.down_proj"].gram, own.T @ own / len(own))
@@ -88,7 +89,7 @@ def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: P
             BlockInput(chunk.hidden + 0.1 * torch.randn(chunk.hidden.shape, generator=noise), chunk.contexts)
             for chunk in original
         ]
-        pair = BlockPair(0, copy.deepcopy(block), block, Streams(original, current))
+        pair = BlockPair(OriginalBlock(copy.deepcopy(block), 0, original), CurrentBlock(block, 0, current))
         even = [torch.ones(chunk.hidden[..., 0].numel()) for chunk in original]
         reads: dict[str, list[Tensor]] = {"original": [], "current": []}
         for side, chunks in (("original", original), ("current", current)):
@@ -114,7 +115,9 @@ def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: P
     moments = split.fit + split.held_out
     torch.testing.assert_close(moments.gram, y.T @ y)
     torch.testing.assert_close(moments.cross, x.T @ y)
-    torch.testing.assert_close(moments.drift, (rows(original) - rows(current)).T @ y, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        moments.drifts["self_attn.o_proj"], (rows(original) - rows(current)).T @ y, atol=1e-3, rtol=1e-4
+    )
     # and a quarter of them is held out
     assert float(split.held_out.gram.trace() / moments.gram.trace()) == pytest.approx(0.25, abs=0.05)
 

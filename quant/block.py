@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernels.layout import GroupCodes, PackedWeight, pack, unpack
 from kernels.reference import dequantize
 from quant.block_groups import ScaleGroup
+from quant.capture import Child
 from quant.clip_search import search_range
 from quant.correction import correct
 from quant.error_feedback import round_with_feedback
@@ -47,7 +48,7 @@ class BlockPlan:
     steps: MethodSteps
     mixture: Mapping[str, Grouping] = field(default_factory=dict)
     writers: Mapping[str, StreamWriter] = field(default_factory=dict)
-    order: tuple[str, ...] = ()
+    order: tuple[Child, ...] = ()
 
     def grouping_of(self, linear: str) -> Grouping:
         """How the linear of that name in the block is rounded."""

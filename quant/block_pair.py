@@ -1,7 +1,7 @@
 """A block twice: as the source has it, and as far as it is quantized. What cannot change any more is not run again.
 
 Much of a quantization's time are runs of blocks. The original never changes, and in the other nothing does that lies
-before what is left to round: what modules read and gave there is kept, as far as memory goes.
+before what is left to round: what modules read there is kept, as far as memory goes.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.capture import BlockInput, Observation, observe, run_block
+from quant.capture import BlockInput, ClosedChild, Observation, observe, run_block
 from quant.residual import BLOCK
 
 # kept of each of the two blocks, at most; chunks beyond it are run again
@@ -51,12 +51,12 @@ class CurrentBlock:
         self.block = block
         self.index = index
         self.chunks = chunks
-        self._settled: dict[str, dict[int, object]] = {}
+        self._settled: dict[ClosedChild, dict[int, Tensor]] = {}
         self._num_bytes = 0
 
-    def settle(self, names: Collection[str]) -> None:
-        """From now on the named modules give what they give at their next run: nothing before them changes either."""
-        self._settled |= {name: {} for name in names if name not in self._settled}
+    def settle(self, children: Collection[ClosedChild]) -> None:
+        """From now on nothing changes what the linears that close these children read; it is noted at the next run."""
+        self._settled |= {child: {} for child in children if child not in self._settled}
 
     def observe(self, number: int, inputs: Collection[str], outputs: Collection[str] = ()) -> Observation:
         """What the named modules read and gave in the chunk of that number."""
@@ -70,16 +70,17 @@ class CurrentBlock:
 
     @contextmanager
     def _replaying(self, number: int) -> Iterator[None]:
-        """What is settled gives what it gave in that chunk before, or is noted."""
+        """Of what is settled only the linears at its end are run, or what they read is noted."""
         hooks, replayed = [], []
-        for name, kept in self._settled.items():
-            module = self.block.get_submodule(name)
+        for child, kept in self._settled.items():
+            closing = self.block.get_submodule(child.closing)
             if number in kept:
+                module = self.block.get_submodule(child.name)
                 # in the module itself rather than in its place: blocks read settings of their attention
-                vars(module)["forward"] = _Replay(kept[number])
+                vars(module)["forward"] = _Replay(closing, kept[number], child)
                 replayed.append(module)
             else:
-                hooks.append(module.register_forward_hook(self._noting(kept, number)))
+                hooks.append(closing.register_forward_pre_hook(self._noting(kept, number)))
         try:
             yield
         finally:
@@ -88,15 +89,28 @@ class CurrentBlock:
             for module in replayed:
                 del vars(module)["forward"]
 
-    def _noting(self, kept: dict[int, object], number: int) -> Callable[[nn.Module, object, object], None]:
-        def note(_module: nn.Module, _arguments: object, output: object) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            num_bytes = sum(part.nbytes for part in tensors if isinstance(part, Tensor))
-            if self._num_bytes + num_bytes <= KEPT_BYTES:
-                self._num_bytes += num_bytes
-                kept[number] = _copied(output)
+    def _noting(self, kept: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if self._num_bytes + arguments[0].nbytes <= KEPT_BYTES:
+                self._num_bytes += arguments[0].nbytes
+                kept[number] = arguments[0]
 
         return note
+
+
+class _Replay:
+    """Stands in for a child's forward: runs the linear that closes it on what that reads."""
+
+    def __init__(self, closing: nn.Module, states: Tensor, child: ClosedChild) -> None:
+        self._closing = closing
+        self._states = states
+        self._child = child
+
+    def __call__(self, *_positional: object, **_named: object) -> object:
+        # hooks see the linear as ever; where the child is the linear itself, this is already inside of its call
+        is_linear = self._child.name == self._child.closing
+        output = type(self._closing).forward(self._closing, self._states) if is_linear else self._closing(self._states)
+        return output if self._child.num_others is None else (output, *[None] * self._child.num_others)
 
 
 @dataclass(frozen=True)
@@ -105,20 +119,3 @@ class BlockPair:
 
     original: OriginalBlock
     current: CurrentBlock
-
-
-class _Replay:
-    """Stands in for a module's forward: gives what it gave, a copy because some blocks add up in place."""
-
-    def __init__(self, output: object) -> None:
-        self._output = output
-
-    def __call__(self, *_positional: object, **_named: object) -> object:
-        return _copied(self._output)
-
-
-def _copied(output: object) -> object:
-    """What a module gave, a tensor or a tuple with tensors in it, at another place in memory."""
-    if isinstance(output, tuple):
-        return tuple(_copied(part) for part in output)
-    return output.clone() if isinstance(output, Tensor) else output

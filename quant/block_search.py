@@ -23,7 +23,7 @@ from quant.block import (
 )
 from quant.block_groups import ScaleGroup
 from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
-from quant.capture import run_block
+from quant.capture import Child, ClosedChild, run_block
 from quant.input_statistics import (
     PairStatistics,
     Streams,
@@ -96,7 +96,7 @@ def _search_stages(
     block = pair.current.block
     stages = stages_of(block, plan.groups)
     for place, stage in enumerate(stages):
-        pair.current.settle(settled_modules(block, plan.order, stages[place:]))
+        pair.current.settle(settled_children(plan.order, (), stages[place:]))
         waves = waves_of(stage, plan.writers)
         statistics = _capture(pair, waves, plan, token_weights)
         for observed, inputs in statistics.inputs.items():
@@ -106,7 +106,8 @@ def _search_stages(
         # what is yet to be rounded is to see what will be stored
         round_plain_parameters(block, name, plan)
         results |= round_folded(block, waves[0], plan, statistics, folded)
-        for wave in waves[1:]:
+        for number, wave in enumerate(waves[1:], start=1):
+            pair.current.settle(settled_children(plan.order, waves[number:], stages[place + 1 :]))
             # what it reads, and the stream it adds to, have changed with what was rounded before it
             changed = _capture(pair, [wave], plan, token_weights).unscaled(folded[wave[0].observed].scale)
             results |= round_folded(block, wave, plan, changed, folded)
@@ -160,20 +161,23 @@ def stages_of(block: nn.Module, groups: Sequence[ScaleGroup]) -> list[tuple[Scal
     return sorted(map(tuple, stages), key=lambda stage: min(places[name] for group in stage for name in group.linears))
 
 
-def settled_modules(block: nn.Module, order: Sequence[str], to_come: Sequence[Sequence[ScaleGroup]]) -> list[str]:
-    """Those of the block's modules of that order, in which they run, that give what they will give to the end.
+def settled_children(
+    order: Sequence[Child], waves: Sequence[Sequence[ScaleGroup]], stages: Sequence[Sequence[ScaleGroup]]
+) -> list[ClosedChild]:
+    """Those of the children in that order whose closing linear reads what it will read to the end.
 
-    No stage to come changes them or one that runs before them; those without a linear are not worth naming.
+    waves: the groups of the present stage that are still to be rounded; their scales are folded. stages: those to come.
     """
-    groups = [group for stage in to_come for group in stage]
-    changing = {name for group in groups for name in group.linears}
-    changing |= {group.source.name for group in groups if group.source is not None}
+    to_come = [group for groups in (*waves, *stages) for group in groups]
+    changing = {linear for group in to_come for linear in group.linears}
+    changing |= {group.source.name for groups in stages for group in groups if group.source is not None}
     settled = []
-    for name in order:
-        if any(f"{other}.".startswith(f"{name}.") for other in changing):
+    for child in order:
+        inside = {name for name in changing if f"{name}.".startswith(f"{child.name}.")}
+        if isinstance(child, ClosedChild) and inside <= {child.closing}:
+            settled.append(child)
+        if inside:
             break
-        if any(isinstance(module, nn.Linear) for module in block.get_submodule(name).modules()):
-            settled.append(name)
     return settled
 
 

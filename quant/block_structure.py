@@ -7,7 +7,7 @@ from torch import nn
 
 from quant.block import BlockPlan
 from quant.block_groups import ScaleGroup, share_inputs
-from quant.capture import BlockInput, running_order
+from quant.capture import BlockInput, Child, running_order
 from quant.residual import StreamWriter, find_stream_writers
 
 # the only setting of a block's modules in which blocks that compute the same differ
@@ -18,7 +18,7 @@ NUMBER_IN_MODEL = "layer_idx"
 class _Findings:
     groups: tuple[ScaleGroup, ...]
     writers: Mapping[str, StreamWriter]
-    order: tuple[str, ...]
+    order: tuple[Child, ...]
 
 
 class BlockStructures:

@@ -54,6 +54,24 @@ class Observation:
     outputs: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Child:
+    """A module that the block holds itself, by its name in it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ClosedChild(Child):
+    """One that ends with a linear: it gives that one's output, in a tuple with num_others times None if that is given.
+
+    closing: the linear's name in the block; the child's own where it is a linear itself.
+    """
+
+    closing: str
+    num_others: int | None
+
+
 class BlockRecorder(nn.Module):
     """Stands in for a block: passes the hidden states on untouched and keeps what the decoder handed over."""
 
@@ -138,7 +156,7 @@ def readers_by_tensor(
     block: nn.Module, block_index: int, chunk: BlockInput, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """The named modules in sets: those that read the very same tensor are together. Modules that do not run are out."""
-    read: list[tuple[object, str]] = []
+    read: list[tuple[Tensor, str]] = []
     hooks = [block.get_submodule(name).register_forward_pre_hook(_noting(name, read)) for name in names]
     run_hooked(block, block_index, chunk, hooks)
     # `read` holds the tensors, so no two of them have had one address
@@ -148,13 +166,30 @@ def readers_by_tensor(
     return [tuple(dict.fromkeys(together)) for together in readers.values()]
 
 
-def running_order(block: nn.Module, block_index: int, chunk: BlockInput) -> tuple[str, ...]:
+def running_order(block: nn.Module, block_index: int, chunk: BlockInput) -> tuple[Child, ...]:
     """The block's children in the order in which they run on the chunk, up to the first that runs twice."""
-    read: list[tuple[object, str]] = []
-    hooks = [child.register_forward_pre_hook(_noting(name, read)) for name, child in block.named_children()]
+    given: list[tuple[str, Tensor]] = []
+    ran: list[Child] = []
+
+    def by_linear(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _arguments, output: given.append((name, output))
+
+    def by_child(name: str) -> Callable[[nn.Module, object, object], None]:
+        def note(_module: nn.Module, _arguments: object, output: object) -> None:
+            first, *others = output if isinstance(output, tuple) else (output,)
+            inside = [linear for linear, states in given if states is first and f"{linear}.".startswith(f"{name}.")]
+            num_others = len(others) if isinstance(output, tuple) else None
+            closed = bool(inside) and all(other is None for other in others)
+            ran.append(ClosedChild(name, inside[-1], num_others) if closed else Child(name))
+
+        return note
+
+    linears = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(by_linear(name)) for name, linear in linears]
+    hooks += [child.register_forward_hook(by_child(name)) for name, child in block.named_children()]
     run_hooked(block, block_index, chunk, hooks)
-    names = [name for _, name in read]
-    return tuple(itertools.takewhile(lambda name: names.count(name) == 1, names))
+    names = [child.name for child in ran]
+    return tuple(itertools.takewhile(lambda child: names.count(child.name) == 1, ran))
 
 
 def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInput:
@@ -175,10 +210,9 @@ def _as_rows(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1]).float()
 
 
-def _noting(name: str, read: list[tuple[object, str]]) -> Callable[[nn.Module, tuple[object, ...]], None]:
-    def note(_module: nn.Module, arguments: tuple[object, ...]) -> None:
-        # attention is called by keywords alone in many families
-        read.append((arguments[0] if arguments else None, name))
+def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        read.append((arguments[0], name))
 
     return note
 

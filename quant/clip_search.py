@@ -70,4 +70,5 @@ def _losses(errors: Tensor, group_gram: Tensor, coupling: Tensor) -> Tensor:
 
     coupling: the other groups' error times their part of the gram with this group, [N, g].
     """
-    return ((errors @ group_gram + 2 * coupling) * errors).sum(dim=-1)
+    losses: Tensor = torch.linalg.vecdot(errors @ group_gram + 2 * coupling, errors)
+    return losses

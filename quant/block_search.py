@@ -25,6 +25,7 @@ from quant.block_groups import ScaleGroup
 from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
 from quant.capture import Child, ClosedChild, run_block
 from quant.input_statistics import (
+    InputStatistics,
     PairStatistics,
     Streams,
     capture,
@@ -63,8 +64,12 @@ def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan
     outputs = original.run(*_compared(block, plan))
     before, target = streams.original[0].hidden, outputs[0].hidden
     round_plain_parameters(block, name, plan)
-    current = CurrentBlock(block, index, streams.current)
-    results, channels = _search_stages(name, BlockPair(original, current), plan, relative_weights(outputs))
+    current, token_weights = CurrentBlock(block, index, streams.current), relative_weights(outputs)
+    if not all(bool(torch.isfinite(weights).all()) for weights in token_weights):
+        in_order = [group.observed for stage in stages_of(block, plan.groups) for group in stage]
+        _check_inputs(name, capture(current, in_order))
+        check_finite(f"the output of {name}", torch.cat(token_weights))
+    results, channels = _search_stages(name, BlockPair(original, current), plan, token_weights)
     searched = [current.run(number) for number in range(len(streams.current))]
     chosen_error = _change(searched[0].hidden, target, before)
     plain_packed = round_block_plainly(source, plan)
@@ -99,8 +104,7 @@ def _search_stages(
         pair.current.settle(settled_children(plan.order, (), stages[place:]))
         waves = waves_of(stage, plan.writers)
         statistics = _capture(pair, waves, plan, token_weights)
-        for observed, inputs in statistics.inputs.items():
-            check_finite(f"the input of {name}.{observed}", inputs.gram)
+        _check_inputs(name, statistics.inputs)
         channels |= describe_linears(block, stage, plan, statistics.inputs)
         folded = _fold(pair.current, stage, plan, statistics)
         # what is yet to be rounded is to see what will be stored
@@ -112,6 +116,12 @@ def _search_stages(
             changed = _capture(pair, [wave], plan, token_weights).unscaled(folded[wave[0].observed].scale)
             results |= round_folded(block, wave, plan, changed, folded)
     return results, channels
+
+
+def _check_inputs(name: str, inputs: Mapping[str, InputStatistics]) -> None:
+    """Raises QuantizationError naming the first module of the block of that name that reads a NaN or an infinity."""
+    for observed, statistics in inputs.items():
+        check_finite(f"the input of {name}.{observed}", statistics.gram)
 
 
 def _searched_losses(

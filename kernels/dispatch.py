@@ -7,7 +7,14 @@ from torch import Tensor
 
 from kernels import cpu, cpu_attention
 from kernels.cpu_attention import CpuAttentionPlan
-from kernels.layout import NIBBLE_BITS, PackedWeight, WeightLayout, repack_int4_cpu, repack_planar
+from kernels.layout import (
+    NIBBLE_BITS,
+    PackedWeight,
+    WeightLayout,
+    planar_on_device,
+    repack_int4_cpu,
+    repack_planar,
+)
 from kernels.paged_batch import AttentionBatch, PagedLayer
 
 # up to here the GPU kernel for few rows (decode) is used, above the one for many (prefill)
@@ -26,9 +33,9 @@ def runtime_layout(device: torch.device) -> WeightLayout:
     raise ValueError(f"there are no kernels for the device {device}; use cpu or cuda")
 
 
-def has_packed_kernel(weight: PackedWeight) -> bool:
-    """Whether a kernel multiplies with the weight as it is packed; one of 8 bits is to be dequantized instead."""
-    return weight.bits in NIBBLE_BITS
+def has_packed_kernel(weight: PackedWeight, device: torch.device) -> bool:
+    """Whether the device multiplies with the weight as it is packed; on a CPU one of 8 bits is to be dequantized."""
+    return weight.bits in NIBBLE_BITS or runtime_layout(device) is WeightLayout.PLANAR
 
 
 def prepare_weight(weight: PackedWeight, device: torch.device) -> PackedWeight:
@@ -38,16 +45,7 @@ def prepare_weight(weight: PackedWeight, device: torch.device) -> PackedWeight:
     """
     if runtime_layout(device) is WeightLayout.INT4_CPU:
         return repack_int4_cpu(weight)
-    planar = repack_planar(weight)
-    return PackedWeight(
-        codes=planar.codes.to(device),
-        scales=planar.scales.to(device),
-        zeros=planar.zeros.to(device),
-        shape=planar.shape,
-        bits=planar.bits,
-        group_size=planar.group_size,
-        layout=planar.layout,
-    )
+    return planar_on_device(repack_planar(weight), device)
 
 
 def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -7,27 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.int4_operands import LinearOperands, check_linear
-from kernels.int4_tile import BLOCK, multiply_blocks, store_tile
+from kernels.int4_operands import LinearOperands, check_linear, whole_blocks
+from kernels.int4_tile import multiply_blocks, store_tile
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
 from kernels.tiles import COPY_WARPS, SUM_COLUMNS, few_rows_tile, num_splits
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def gemv_int4_kernel(
     x_ptr: tl.tensor,
     words_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    zeros_ptr: tl.tensor,
+    pairs_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_rows: tl.tensor,
     num_columns: tl.tensor,
-    num_inputs: tl.tensor,
+    num_blocks: tl.tensor,
     x_stride: tl.tensor,
-    weight_stride: tl.tensor,
+    BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    SCALES_ARE_BF16: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -36,31 +36,29 @@ def gemv_int4_kernel(
 
     Operands as in `multiply_blocks`. With one split, out is the answer in its dtype; else float32 parts, no bias.
     """
-    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    first_column = tl.program_id(0) * TILE_COLUMNS
     split = tl.program_id(1)
     rows = tl.arange(0, TILE_ROWS)
-    num_blocks = tl.cdiv(num_inputs, BLOCK)
     blocks_per_split = tl.cdiv(num_blocks, tl.num_programs(1))
     first_block = split * blocks_per_split
     total = multiply_blocks(
         x_ptr,
         words_ptr,
-        scales_ptr,
-        zeros_ptr,
-        rows,
-        columns,
+        pairs_ptr,
+        tl.minimum(rows, num_rows - 1) * x_stride,
+        first_column,
         first_block,
         tl.minimum(first_block + blocks_per_split, num_blocks),
-        num_rows,
-        num_inputs,
-        x_stride,
-        weight_stride,
+        num_blocks,
+        BITS,
         GROUP_SIZE,
+        SCALES_ARE_BF16,
         TILE_ROWS,
         TILE_COLUMNS,
         INTERPRETED,
     )
     part_ptr = out_ptr + split.to(tl.int64) * num_rows * num_columns
+    columns = first_column + tl.arange(0, TILE_COLUMNS)
     store_tile(part_ptr, bias_ptr, total, rows, columns, num_rows, num_columns)
 
 
@@ -95,27 +93,28 @@ def gemv_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
     and the architecture, not on M. Raises ValueError for operands that do not fit.
     """
     operands = check_linear(x, weight, bias)
-    tile = few_rows_tile(operands.arch, operands.num_rows)
-    splits = num_splits(operands.arch, operands.num_columns, operands.num_inputs)
+    tile = few_rows_tile(operands.arch, operands.num_rows, weight.group_size)
+    splits = num_splits(operands.arch, operands.num_columns, operands.num_blocks)
     out = torch.empty((operands.num_rows, operands.num_columns), dtype=x.dtype, device=x.device)
     if operands.num_rows == 0:
         return out
     is_split = splits > 1
     parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if is_split else out
+    padded = whole_blocks(x, weight)
     grid = (triton.cdiv(operands.num_columns, tile.num_columns), splits)
     gemv_int4_kernel[grid](
-        x,
+        padded,
         weight.codes,
-        weight.scales,
-        weight.zeros,
+        weight.scales.view(torch.int32),
         None if is_split else bias,
         parts,
         operands.num_rows,
         operands.num_columns,
-        operands.num_inputs,
-        x.stride(0),
-        weight.codes.stride(0),
+        operands.num_blocks,
+        padded.stride(0),
+        BITS=operands.stored_bits,
         GROUP_SIZE=weight.group_size,
+        SCALES_ARE_BF16=weight.scales.dtype == torch.bfloat16,
         TILE_ROWS=tile.num_rows,
         TILE_COLUMNS=tile.num_columns,
         INTERPRETED=IS_INTERPRETED,

@@ -1,6 +1,7 @@
-"""The K loop that both INT4 kernels share, as jit functions: planar words to fp16 or bf16 weights, products to sums.
+"""The K loop that the linear kernels share, as jit functions: planar words to fp16 or bf16 weights, products to sums.
 
 Legend: N = out features, K = in features, M = rows of activations. Weights are operand A: the tile is [N, M].
+`docs/kernels.md` explains the layout, the conversion and why the loop is as short as it is.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -9,113 +10,149 @@ import triton
 import triton.language as tl
 
 from kernels.launch import operand
-from kernels.layout import PLANAR_BLOCK, PLANAR_WORD_ROWS
+from kernels.layout import PLANAR_TILE_COLUMNS, PLANAR_WORD_ROWS
+from kernels.plane_assembly import PLANE_ASSEMBLY
 
-BLOCK = tl.constexpr(PLANAR_BLOCK)
 WORD_ROWS = tl.constexpr(PLANAR_WORD_ROWS)
-# or-ing a small integer q into these bits gives the floating-point number 1024 + q (fp16) or 128 + q (bf16)
-FP16_BIAS_BITS = tl.constexpr(0x6400)
-BF16_BIAS_BITS = tl.constexpr(0x4300)
-
-
-def _planes_assembly(bias_bits: int) -> str:
-    """PTX for two neighbouring int16 words at once: four registers, each with two biased numbers."""
-    lines = ["{ .reg .b32 shifted;"]
-    for plane in range(4):
-        # 0xEA is the truth table of (a & b) | c
-        lines += [
-            f"shr.u32 shifted, $4, {4 * plane};",
-            f"lop3.b32 ${plane}, shifted, 0x000F000F, 0x{bias_bits:04X}{bias_bits:04X}, 0xEA;",
-        ]
-    return "\n".join([*lines, "}"])
-
-
-FP16_ASSEMBLY = tl.constexpr(_planes_assembly(0x6400))
-BF16_ASSEMBLY = tl.constexpr(_planes_assembly(0x4300))
+TILE_COLUMNS_STORED = tl.constexpr(PLANAR_TILE_COLUMNS)
+FP16_PAIR_0 = tl.constexpr(PLANE_ASSEMBLY["fp16", 4, 0])
+FP16_PAIR_1 = tl.constexpr(PLANE_ASSEMBLY["fp16", 4, 1])
+BF16_PAIR_0 = tl.constexpr(PLANE_ASSEMBLY["bf16", 4, 0])
+BF16_PAIR_1 = tl.constexpr(PLANE_ASSEMBLY["bf16", 4, 1])
+FP16_BYTES = tl.constexpr(PLANE_ASSEMBLY["fp16", 8, 0])
+BF16_BYTES = tl.constexpr(PLANE_ASSEMBLY["bf16", 8, 0])
 
 
 @triton.jit
-def plane_bits(words: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tuple:
-    """The four nibbles of int16 words as the bits of four biased numbers. Both paths give the same bits."""
+def plane_pair(
+    words: tl.tensor,
+    low_pairs: tl.tensor,
+    high_pairs: tl.tensor,
+    PAIR: tl.constexpr,
+    BITS: tl.constexpr,
+    dtype: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> tl.tuple:
+    """Planes 2 * PAIR and 2 * PAIR + 1 of int16 words [N, R], less their zero points: integers in dtype, exact.
+
+    low_pairs, high_pairs: int32 [N], the (scale, zero point) of each plane's group.
+    """
     if INTERPRETED:
-        bits = (
-            biased_bits(words & 0xF, dtype),
-            biased_bits((words >> 4) & 0xF, dtype),
-            biased_bits((words >> 8) & 0xF, dtype),
-            biased_bits((words >> 12) & 0xF, dtype),
-        )
+        low = plane_numbers(words, low_pairs, 2 * PAIR, BITS, dtype)
+        high = plane_numbers(words, high_pairs, 2 * PAIR + 1, BITS, dtype)
     else:
-        bits = tl.inline_asm_elementwise(
-            FP16_ASSEMBLY if dtype == tl.float16 else BF16_ASSEMBLY,
-            constraints="=r,=r,=r,=r,r",
-            args=[words],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+        if BITS == 8:
+            assembly: tl.constexpr = FP16_BYTES if dtype == tl.float16 else BF16_BYTES
+        elif PAIR == 0:
+            assembly: tl.constexpr = FP16_PAIR_0 if dtype == tl.float16 else BF16_PAIR_0
+        else:
+            assembly: tl.constexpr = FP16_PAIR_1 if dtype == tl.float16 else BF16_PAIR_1
+        # pack=2: two neighbouring words of a lane at a time, so each pair comes twice, as $3 and $4, as $5 and $6
+        low_bits, high_bits = tl.inline_asm_elementwise(
+            assembly,
+            constraints="=&r,=&r,r,r,r,r,r",
+            args=[
+                words,
+                tl.broadcast_to(low_pairs[:, None], words.shape),
+                tl.broadcast_to(high_pairs[:, None], words.shape),
+            ],
+            dtype=(tl.int16, tl.int16),
             is_pure=True,
             pack=2,
         )
-    return bits
+        low = low_bits.to(dtype, bitcast=True)
+        high = high_bits.to(dtype, bitcast=True)
+    return low, high
 
 
 @triton.jit
-def biased_bits(integers: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """int16 0..15 to the bits of 1024 + q in fp16, or of 128 + q in bf16, without a conversion instruction."""
-    return integers | (FP16_BIAS_BITS if dtype == tl.float16 else BF16_BIAS_BITS)
+def plane_numbers(
+    words: tl.tensor, pairs: tl.tensor, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr
+) -> tl.tensor:
+    """The same of one plane without assembly, for the interpreter: float32, which holds what dtype would."""
+    codes = (words >> (BITS * PLANE)) & (2**BITS - 1)
+    # ten bits of mantissa under the 1024 that is added to a zero point
+    zeros = (pairs >> 16) & 0x3FF
+    return operand((codes.to(tl.int32) - zeros[:, None]).to(tl.float32).to(dtype), INTERPRETED=True)
 
 
 @triton.jit
-def numbers(bits: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """int16 bits read as fp16 or bf16."""
-    return operand(bits.to(dtype, bitcast=True), INTERPRETED)
+def pair_scales(pairs: tl.tensor, SCALES_ARE_BF16: tl.constexpr) -> tl.tensor:
+    """The scales of int32 (scale, zero point) pairs as float32: their low halves."""
+    if SCALES_ARE_BF16:
+        scales = (pairs << 16).to(tl.float32, bitcast=True)
+    else:
+        scales = pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scales
+
+
+@triton.jit
+def add_scaled(total: tl.tensor, product: tl.tensor, pairs: tl.tensor, SCALES_ARE_BF16: tl.constexpr) -> tl.tensor:
+    """total + product * scale, float32 [N, M], a scale for each row of N."""
+    scales = pair_scales(pairs, SCALES_ARE_BF16)
+    # an explicit fma, so that the bits do not hang on what the compiler contracts
+    return tl.fma(product, tl.broadcast_to(scales[:, None], total.shape), total)
 
 
 @triton.jit
 def multiply_blocks(
     x_ptr: tl.tensor,
     words_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    zeros_ptr: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
+    pairs_ptr: tl.tensor,
+    row_offsets: tl.tensor,
+    first_column: tl.tensor,
     first_block: tl.tensor,
     last_block: tl.tensor,
-    num_rows: tl.tensor,
-    num_inputs: tl.tensor,
-    x_stride: tl.tensor,
-    weight_stride: tl.tensor,
+    num_blocks: tl.tensor,
+    BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    SCALES_ARE_BF16: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> tl.tensor:
-    """The sum over K blocks first_block .. last_block: float32 [TILE_COLUMNS, TILE_ROWS].
+    """The sum over K blocks first_block .. last_block of num_blocks: float32 [TILE_COLUMNS, TILE_ROWS].
 
-    x [M, K] with rows x_stride apart; words, scales and zeros as `WeightLayout.PLANAR` says, rows weight_stride apart.
+    x: whole blocks of K, row m at row_offsets[m]. words and pairs: all of a PLANAR weight. Nothing is masked: the
+    layout pads N and K, and rows past M repeat one that is there.
     """
-    PLANES_PER_GROUP: tl.constexpr = GROUP_SIZE // WORD_ROWS
-    GROUPS_PER_BLOCK: tl.constexpr = BLOCK // GROUP_SIZE
+    PLANES: tl.constexpr = 16 // BITS
+    BLOCK: tl.constexpr = PLANES * WORD_ROWS
+    PAIRS_PER_BLOCK: tl.constexpr = BLOCK // GROUP_SIZE * TILE_COLUMNS_STORED
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    columns = tl.arange(0, TILE_COLUMNS)
     word_rows = tl.arange(0, WORD_ROWS)
-    # 64-bit from here on: an activation or a weight may hold more than 2**31 elements
-    x_rows_ptr = x_ptr + rows.to(tl.int64)[None, :] * x_stride
+    word_offsets = word_rows[None, :] * TILE_COLUMNS_STORED + columns[:, None]
+    x_offsets = word_rows[:, None] + row_offsets[None, :]
+    # 64-bit bases that step along, 32-bit offsets that stay: an address costs no multiplication in the loop
+    block_index = (first_column // TILE_COLUMNS_STORED).to(tl.int64) * num_blocks + first_block
+    column_in_tile = first_column % TILE_COLUMNS_STORED
+    words_ptr += block_index * (WORD_ROWS * TILE_COLUMNS_STORED) + column_in_tile
+    pairs_ptr += block_index * PAIRS_PER_BLOCK + column_in_tile
+    x_ptr += first_block * BLOCK
     total = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
-    for block in range(first_block, last_block):
-        word_offsets = (word_rows.to(tl.int64) + block * WORD_ROWS)[None, :] * weight_stride + columns[:, None]
-        planes = plane_bits(tl.load(words_ptr + word_offsets), dtype, INTERPRETED)
-        for group in tl.static_range(GROUPS_PER_BLOCK):
-            product = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
-            group_row = block * GROUPS_PER_BLOCK + group
-            group_offsets = columns + tl.cast(group_row, tl.int64) * weight_stride
-            zeros = numbers(biased_bits(tl.load(zeros_ptr + group_offsets), dtype), dtype, INTERPRETED)
-            for plane in tl.static_range(group * PLANES_PER_GROUP, (group + 1) * PLANES_PER_GROUP):
-                # exact: both are integers that the type holds
-                weights = numbers(planes[plane], dtype, INTERPRETED) - zeros[:, None]
-                inputs = word_rows + (block * BLOCK + plane * WORD_ROWS)
-                inside = (inputs < num_inputs)[:, None] & (rows < num_rows)[None, :]
-                x = tl.load(x_rows_ptr + inputs[:, None], mask=inside, other=0.0)
-                product = tl.dot(weights, operand(x, INTERPRETED), product)
-            scales = tl.load(scales_ptr + group_offsets).to(tl.float32)
-            # an explicit fma, so that the bits do not hang on what the compiler contracts
-            total = tl.fma(product, tl.broadcast_to(scales[:, None], total.shape), total)
+    for _ in range(first_block, last_block):
+        words = tl.load(words_ptr + word_offsets)
+        for pair in tl.static_range(PLANES // 2):
+            if 2 * pair * WORD_ROWS % GROUP_SIZE == 0:
+                low_pairs = tl.load(pairs_ptr + 2 * pair * WORD_ROWS // GROUP_SIZE * TILE_COLUMNS_STORED + columns)
+                high_pairs = low_pairs
+                product = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
+            if GROUP_SIZE == WORD_ROWS:
+                high_pairs = tl.load(pairs_ptr + (2 * pair + 1) * TILE_COLUMNS_STORED + columns)
+            low, high = plane_pair(words, low_pairs, high_pairs, pair, BITS, dtype, INTERPRETED)
+            x = tl.load(x_ptr + 2 * pair * WORD_ROWS + x_offsets)
+            product = tl.dot(low, operand(x, INTERPRETED), product)
+            if GROUP_SIZE == WORD_ROWS:
+                total = add_scaled(total, product, low_pairs, SCALES_ARE_BF16)
+                product = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
+            x = tl.load(x_ptr + (2 * pair + 1) * WORD_ROWS + x_offsets)
+            product = tl.dot(high, operand(x, INTERPRETED), product)
+            if (2 * pair + 2) * WORD_ROWS % GROUP_SIZE == 0:
+                total = add_scaled(total, product, high_pairs, SCALES_ARE_BF16)
+        words_ptr += WORD_ROWS * TILE_COLUMNS_STORED
+        pairs_ptr += PAIRS_PER_BLOCK
+        x_ptr += BLOCK
     return total
 
 

@@ -3,7 +3,7 @@
 Legend: N = out features, K = in features, G = groups along K (K / group_size).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -18,12 +18,13 @@ AWQ_COLUMNS_PER_WORD = 8
 # column held by nibble i (from the low end) of an AWQ gemm word: AutoAWQ awq/utils/packing_utils.py
 AWQ_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
-PLANAR_BLOCK = 128
-PLANAR_WORD_ROWS = PLANAR_BLOCK // 4
-# columns are padded to the widest tile of kernels/tiles.py, so that a kernel never reads past a row of words
-PLANAR_COLUMN_MULTIPLE = 128
-# group sizes that the kernels read; a multiple of one of them repeats its scales
-PLANAR_GROUP_SIZES = (32, 64, 128)
+# rows of words in a block of the planar layout: what one step of the kernels multiplies
+PLANAR_WORD_ROWS = 32
+# columns that lie together; N is padded to them, so that a kernel never reads past a tile
+PLANAR_TILE_COLUMNS = 128
+# bits of a code -> inputs of a block, and group sizes that the kernels read; a multiple of one repeats its scales
+PLANAR_BLOCKS = {3: 128, 4: 128, 8: 64}
+PLANAR_GROUP_SIZES = {3: (32, 64, 128), 4: (32, 64, 128), 8: (32, 64)}
 
 # torch's CPU op reads blocks of columns as wide as four vector registers; 64 is whole blocks on every instruction set
 INT4_CPU_COLUMN_MULTIPLE = 64
@@ -44,10 +45,12 @@ class WeightLayout(Enum):
     its high one. Codes of 8 bits: uint8 [N, K]."""
 
     PLANAR = "planar"
-    """What the Triton kernels read: int16 [ceil(K / 128) * 32, N'], where word (32b + r, n) holds k = 128b + 32j + r
-    in nibble j; scales [ceil(K / 128) * 128 / g, N'] in the checkpoint's dtype, zeros int16 of that shape (bytes would
-    be too narrow for asynchronous copies). N' is N padded to a multiple of 128. What pads has code, zero point and
-    scale 0, so it adds exactly 0."""
+    """What the Triton kernels read: int16 [N' / 128, B, 32, 128], where word (t, b, r, c) holds code k = 128b + 32j + r
+    of output n = 128t + c in nibble j, or for codes of 8 bits k = 64b + 32j + r in byte j. scales [N' / 128,
+    B * block / g, 128, 2] holds (scale, 1024 + zero), the second as fp16 bits whatever the dtype of the scales, which
+    is that of a checkpoint with halves; zeros is the view of its second halves as fp16. N' is N padded to a multiple
+    of 128, B * block is K padded to whole blocks of 128 or 64. What pads has code, zero point and scale 0: it adds
+    exactly 0."""
 
     INT4_CPU = "int4_cpu"
     """What `torch.ops.aten._weight_int4pack_mm_for_cpu` reads: codes uint8 [N', K / 2], arranged by the running CPU's
@@ -142,27 +145,34 @@ def concatenate_rows(weights: list[PackedWeight]) -> PackedWeight:
 def repack_planar(weight: PackedWeight) -> PackedWeight:
     """ROW_MAJOR to PLANAR, the run-time layout of the Triton kernels (see `WeightLayout`); codes do not change.
 
-    A group size that is a multiple of what the kernels read becomes the largest of those, its scales repeated. Raises
-    ValueError for another layout, codes of 8 bits, or groups that are no multiple of 32.
+    A group size that is a multiple of what the kernels read becomes the largest of those, its scales repeated. Scales
+    of float32 are rounded to fp16, or to bf16 where fp16 has no normal number for one. Raises ValueError for another
+    layout, or groups that are no multiple of 32.
     """
-    group_size = _kernel_group_size(weight, PLANAR_GROUP_SIZES, "the planar layout")
+    group_size = _kernel_group_size(weight, PLANAR_GROUP_SIZES[weight.bits], "the planar layout")
     plain = _split_groups(unpack(weight), group_size)
+    block = PLANAR_BLOCKS[weight.bits]
     num_rows, num_columns = weight.shape
-    pad_rows = -num_rows % PLANAR_COLUMN_MULTIPLE
-    pad_columns = -num_columns % PLANAR_BLOCK
+    pad_rows, pad_columns = -num_rows % PLANAR_TILE_COLUMNS, -num_columns % block
     # whole groups: the group size divides both K and the block
-    pad_groups = pad_columns // group_size
     scales, zeros = (
-        torch.nn.functional.pad(values, (0, pad_groups, 0, pad_rows)) for values in (plain.scales, plain.zeros)
+        torch.nn.functional.pad(values, (0, pad_columns // group_size, 0, pad_rows))
+        for values in (_half_scales(plain.scales), plain.zeros)
     )
+    pairs = torch.stack((scales, (zeros + 1024.0).to(torch.float16).view(scales.dtype)), dim=-1)
+    # [N', G, 2] to [tiles, 128, G, 2] to [tiles, G, 128, 2]
+    tiled_pairs = pairs.unflatten(0, (-1, PLANAR_TILE_COLUMNS)).transpose(1, 2).contiguous()
     codes = torch.nn.functional.pad(plain.codes, (0, pad_columns, 0, pad_rows))
-    # [N', blocks, plane j, r] to [blocks, r, N', j]: the four nibbles of a word side by side
-    planes = codes.reshape(len(codes), -1, 4, PLANAR_WORD_ROWS).permute(1, 3, 0, 2)
-    word_bytes = (planes[..., 0::2] | (planes[..., 1::2] << 4)).contiguous()
+    # [N', blocks, plane j, r] to [tiles, blocks, r, 128, j]: the codes of a word side by side
+    planes = codes.reshape(
+        -1, PLANAR_TILE_COLUMNS, codes.shape[1] // block, block // PLANAR_WORD_ROWS, PLANAR_WORD_ROWS
+    )
+    word_codes = planes.permute(0, 2, 4, 1, 3)
+    word_bytes = word_codes if weight.bits == 8 else word_codes[..., 0::2] | (word_codes[..., 1::2] << 4)
     return PackedWeight(
-        codes=word_bytes.view(torch.int16).reshape(-1, len(codes)),
-        scales=scales.t().contiguous(),
-        zeros=zeros.t().contiguous().to(torch.int16),
+        codes=word_bytes.contiguous().view(torch.int16).squeeze(-1),
+        scales=tiled_pairs,
+        zeros=tiled_pairs.view(torch.float16)[..., 1],
         shape=weight.shape,
         bits=weight.bits,
         group_size=group_size,
@@ -176,19 +186,41 @@ def unpack_planar(weight: PackedWeight) -> PackedWeight:
         raise ValueError(f"unpack_planar reads the planar layout, not {weight.layout.value}")
     num_rows, num_columns = weight.shape
     num_groups = num_columns // weight.group_size
-    num_padded_rows = weight.codes.shape[1]
-    word_bytes = weight.codes.view(torch.uint8).reshape(-1, PLANAR_WORD_ROWS, num_padded_rows, 2)
-    planes = torch.stack((word_bytes & 0xF, word_bytes >> 4), dim=-1).flatten(-2)
-    codes = planes.permute(2, 0, 3, 1).reshape(num_padded_rows, -1)
+    word_codes = weight.codes[..., None].view(torch.uint8)
+    if weight.bits != 8:
+        word_codes = torch.stack((word_codes & 0xF, word_codes >> 4), dim=-1).flatten(-2)
+    # [tiles, blocks, r, 128, j] to [tiles, 128, blocks, j, r]
+    codes = word_codes.permute(0, 3, 1, 4, 2).flatten(2).flatten(0, 1)
+    scales, zeros = (
+        values.transpose(1, 2).flatten(0, 1)[:num_rows, :num_groups] for values in (weight.scales[..., 0], weight.zeros)
+    )
     return pack(
         GroupCodes(
             codes=codes[:num_rows, :num_columns].contiguous(),
-            scales=weight.scales.t()[:num_rows, :num_groups],
-            zeros=weight.zeros.t()[:num_rows, :num_groups].to(torch.uint8),
+            scales=scales,
+            zeros=(zeros - 1024).to(torch.uint8),
             bits=weight.bits,
             group_size=weight.group_size,
         )
     )
+
+
+def planar_on_device(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    """A PLANAR weight moved to the device. Raises ValueError for another layout."""
+    if weight.layout is not WeightLayout.PLANAR:
+        raise ValueError(f"planar_on_device moves the planar layout, not {weight.layout.value}")
+    scales = weight.scales.to(device)
+    return replace(weight, codes=weight.codes.to(device), scales=scales, zeros=scales.view(torch.float16)[..., 1])
+
+
+def _half_scales(scales: Tensor) -> Tensor:
+    """Scales in 16 bits: as they are, or rounded from float32 to the half type that holds their magnitudes."""
+    if scales.dtype in (torch.float16, torch.bfloat16):
+        return scales
+    limits = torch.finfo(torch.float16)
+    sizes = scales.abs()
+    is_normal = (sizes == 0) | ((sizes >= limits.tiny) & (sizes <= limits.max))
+    return scales.to(torch.float16 if bool(is_normal.all()) else torch.bfloat16)
 
 
 def repack_int4_cpu(weight: PackedWeight) -> PackedWeight:
@@ -196,6 +228,10 @@ def repack_int4_cpu(weight: PackedWeight) -> PackedWeight:
 
     Raises ValueError for codes of 8 bits, or when the group size is no multiple of 32.
     """
+    if weight.bits not in NIBBLE_BITS:
+        raise ValueError(
+            f"the CPU kernel holds codes of {NIBBLE_BITS} bits, not of {weight.bits}: dequantize the weight"
+        )
     op_group_size = _kernel_group_size(weight, INT4_CPU_GROUP_SIZES, "the CPU kernel")
     plain = _split_groups(unpack(weight), op_group_size)
     num_rows = weight.shape[0]
@@ -322,8 +358,6 @@ def _unpack_nibbles(data: Tensor) -> Tensor:
 
 def _kernel_group_size(weight: PackedWeight, sizes: tuple[int, ...], reader: str) -> int:
     """The largest of `sizes` that divides the weight's groups; ValueError when `reader` cannot hold the weight."""
-    if weight.bits not in NIBBLE_BITS:
-        raise ValueError(f"{reader} holds codes of {NIBBLE_BITS} bits, not of {weight.bits}: dequantize the weight")
     fitting = [size for size in sizes if weight.group_size % size == 0]
     if not fitting:
         raise ValueError(f"{reader} reads group sizes that are multiples of {sizes[0]}, not {weight.group_size}")

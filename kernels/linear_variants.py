@@ -1,46 +1,71 @@
-"""Data: every (architecture, tile, dtype, group) of the INT4 linear layers."""
+"""Data: every (architecture, tile, dtype, bits, group, dtype of the scales) of the INT4 linear layers."""
 
+from dataclasses import dataclass
 from itertools import cycle, product
 
 from kernels import gemm_int4, gemv_int4
-from kernels.layout import PLANAR_BLOCK, PLANAR_GROUP_SIZES
-from kernels.tiles import COPY_WARPS, FEW_ROWS_TILES, MANY_ROWS_TILES, SUM_COLUMNS, LinearTile
+from kernels.layout import PLANAR_BLOCKS, PLANAR_GROUP_SIZES
+from kernels.tiles import COPY_WARPS, FEW_ROWS_TILES, MANY_ROWS_TILES, SUM_COLUMNS, LinearTile, few_rows_tile
 from kernels.variant import DTYPES, DType, Family, LoopRules, Variant, plain_variant
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What of its operands a kernel is compiled for. dtype: of the activations. bits: stored. scales: their dtype."""
+
+    dtype: DType
+    bits: int
+    group_size: int
+    scales: DType
+
+    @property
+    def label(self) -> str:
+        scales = "" if self.scales == "fp16" else f" {self.scales} scales"
+        return f"{self.dtype} int{self.bits} g{self.group_size}{scales}"
+
+
+# bf16 scales are those of models in bf16 that another tool quantized
+WEIGHTS = (
+    *(Weights(dtype, 4, group_size, "fp16") for dtype, group_size in product(DTYPES, PLANAR_GROUP_SIZES[4])),
+    *(Weights("bf16", 4, group_size, "bf16") for group_size in (64, 128)),
+    *(Weights(dtype, 8, 64, dtype) for dtype in DTYPES),
+)
+SAMPLED_WEIGHTS = (WEIGHTS[2], WEIGHTS[4], WEIGHTS[0], WEIGHTS[7], WEIGHTS[8])
+
+
 def all_variants(arch: int) -> list[Variant]:
-    """Everything for one architecture: both dtypes, each group size, each tile."""
+    """Everything for one architecture: each kind of weights with each tile."""
     variants = []
-    for dtype, group_size in product(DTYPES, PLANAR_GROUP_SIZES):
-        for tile, out in product(FEW_ROWS_TILES[arch].values(), ("parts", dtype)):
-            variants.append(few_rows_variant(arch, tile, dtype, group_size, is_split=out == "parts"))
-        variants.append(many_rows_variant(arch, MANY_ROWS_TILES[arch], dtype, group_size))
+    for weights in WEIGHTS:
+        for bucket in FEW_ROWS_TILES[arch]:
+            tile = few_rows_tile(arch, bucket, weights.group_size)
+            variants += [few_rows_variant(arch, tile, weights, is_split=is_split) for is_split in (True, False)]
+        variants.append(many_rows_variant(arch, MANY_ROWS_TILES[arch], weights))
     return [*variants, *(sum_variant(arch, dtype) for dtype in DTYPES)]
 
 
 def sample_variants(arch: int) -> list[Variant]:
-    """Every kernel and every tile once, taking dtypes, groups and outputs in turn."""
-    dtypes, groups, splits = cycle(DTYPES), cycle(PLANAR_GROUP_SIZES[::-1]), cycle((True, True, False))
+    """Every kernel and every tile once, taking kinds of weights and outputs in turn."""
+    weights, splits = cycle(SAMPLED_WEIGHTS), cycle((True, True, False))
     few_rows = [
-        few_rows_variant(arch, tile, next(dtypes), next(groups), is_split=next(splits))
-        for tile in FEW_ROWS_TILES[arch].values()
+        few_rows_variant(arch, few_rows_tile(arch, bucket, kind.group_size), kind, is_split=is_split)
+        for bucket, kind, is_split in zip(FEW_ROWS_TILES[arch], weights, splits, strict=False)
     ]
-    many_rows = many_rows_variant(arch, MANY_ROWS_TILES[arch], next(dtypes), next(groups))
-    return [*few_rows, many_rows, sum_variant(arch, "fp16")]
+    return [*few_rows, many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)), sum_variant(arch, "fp16")]
 
 
-def few_rows_variant(arch: int, tile: LinearTile, dtype: DType, group_size: int, *, is_split: bool) -> Variant:
+def few_rows_variant(arch: int, tile: LinearTile, weights: Weights, *, is_split: bool) -> Variant:
     """The few-row kernel, writing float32 parts or the answer with its bias."""
-    out = "*fp32:16" if is_split else f"*{dtype}:16"
-    bias = {} if is_split else {"bias_ptr": f"*{dtype}:16"}
-    label = f"{dtype} g{group_size} {'parts' if is_split else 'direct'}"
-    return _linear_variant("gemv_int4_kernel", arch, tile, label, {"out_ptr": out, **bias}, dtype, group_size)
+    out = "*fp32:16" if is_split else f"*{weights.dtype}:16"
+    bias = {} if is_split else {"bias_ptr": f"*{weights.dtype}:16"}
+    label = "parts" if is_split else "direct"
+    return _linear_variant("gemv_int4_kernel", arch, tile, weights, {"out_ptr": out, **bias}, label)
 
 
-def many_rows_variant(arch: int, tile: LinearTile, dtype: DType, group_size: int) -> Variant:
+def many_rows_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
     """The many-row kernel, without bias."""
-    own = {"out_ptr": f"*{dtype}:16", "num_splits": "i32"}
-    return _linear_variant("gemm_int4_kernel", arch, tile, f"{dtype} g{group_size}", own, dtype, group_size)
+    own = {"out_ptr": f"*{weights.dtype}:16", "num_splits": "i32"}
+    return _linear_variant("gemm_int4_kernel", arch, tile, weights, own, "direct")
 
 
 def sum_variant(arch: int, dtype: DType) -> Variant:
@@ -57,23 +82,23 @@ def sum_variant(arch: int, dtype: DType) -> Variant:
 
 
 def _linear_variant(
-    kernel: str, arch: int, tile: LinearTile, label: str, own: dict[str, str], dtype: DType, group_size: int
+    kernel: str, arch: int, tile: LinearTile, weights: Weights, own: dict[str, str], label: str
 ) -> Variant:
     arguments = {
-        "x_ptr": f"*{dtype}:16",
+        "x_ptr": f"*{weights.dtype}:16",
         "words_ptr": "*i16:16",
-        "scales_ptr": "*fp16:16",
-        "zeros_ptr": "*i16:16",
+        "pairs_ptr": "*i32:16",
         "num_rows": "i32",
         "num_columns": "i32:16",
-        "num_inputs": "i32:16",
+        "num_blocks": "i32",
         "x_stride": "i32:16",
-        "weight_stride": "i32:16",
         **own,
     }
     constants: dict[str, int | bool | None] = {
         **({} if "bias_ptr" in own else {"bias_ptr": None}),
-        "GROUP_SIZE": group_size,
+        "BITS": weights.bits,
+        "GROUP_SIZE": weights.group_size,
+        "SCALES_ARE_BF16": weights.scales == "bf16",
         "TILE_ROWS": tile.num_rows,
         "TILE_COLUMNS": tile.num_columns,
         "INTERPRETED": False,
@@ -81,12 +106,12 @@ def _linear_variant(
     return Variant(
         kernel=kernel,
         arch=arch,
-        label=f"{tile.num_rows}x{tile.num_columns} {label}",
+        label=f"{tile.num_rows}x{tile.num_columns} {weights.label} {label}",
         arguments=tuple(arguments.items()),
         constants=tuple(constants.items()),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        loop=LoopRules("weight", units=tile.num_columns * PLANAR_BLOCK / (32 * tile.num_warps)),
+        loop=LoopRules("weight", units=tile.num_columns * PLANAR_BLOCKS[weights.bits] / (32 * tile.num_warps)),
     )
 
 

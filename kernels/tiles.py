@@ -5,8 +5,6 @@ Legend: N = out features, K = in features. None of these numbers has been timed 
 
 from dataclasses import dataclass
 
-from kernels.layout import PLANAR_BLOCK
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -18,7 +16,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class LinearTile:
-    """One program of the INT4 kernels: num_rows activations against num_columns outputs, 128 inputs a step."""
+    """One program of the INT4 kernels: num_rows activations against num_columns outputs, a block of K a step."""
 
     num_rows: int
     num_columns: int
@@ -52,7 +50,7 @@ _SERVER_TILES = {
     8: LinearTile(num_rows=8, num_columns=128, num_warps=4, num_stages=4),
     16: LinearTile(num_rows=16, num_columns=128, num_warps=4, num_stages=4),
     32: LinearTile(num_rows=32, num_columns=128, num_warps=4, num_stages=4),
-    64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    64: LinearTile(num_rows=64, num_columns=128, num_warps=4, num_stages=3),
 }
 _DESKTOP_TILES = {
     8: LinearTile(num_rows=8, num_columns=64, num_warps=4, num_stages=4),
@@ -60,6 +58,8 @@ _DESKTOP_TILES = {
     32: LinearTile(num_rows=32, num_columns=64, num_warps=4, num_stages=3),
     64: LinearTile(num_rows=64, num_columns=64, num_warps=4, num_stages=3),
 }
+# groups of less than 128 keep two sums of a tile at once: eight warps where four would spill
+_SMALL_GROUP_TILES = {90: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)}}
 # keyed by architecture, then by the largest row count of the bucket
 FEW_ROWS_TILES = {
     80: _SERVER_TILES,
@@ -109,11 +109,11 @@ def nearest_architecture(major: int, minor: int) -> int:
     return max(older)
 
 
-def few_rows_tile(arch: int, num_rows: int) -> LinearTile:
+def few_rows_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
     """The tile for 1 to 64 rows of activations. Raises ValueError for more."""
     for bucket, tile in FEW_ROWS_TILES[arch].items():
         if num_rows <= bucket:
-            return tile
+            return _SMALL_GROUP_TILES.get(arch, {}).get(bucket, tile) if group_size < 128 else tile
     raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
 
 
@@ -135,12 +135,12 @@ def row_tile(tile: AttentionTile, group: int) -> int:
     return max(tile.num_rows, _next_power_of_two(group))
 
 
-def num_splits(arch: int, num_columns: int, num_inputs: int) -> int:
+def num_splits(arch: int, num_columns: int, num_blocks: int) -> int:
     """How many parts K is cut into, a power of two: enough programs for two on every processor, if K is long enough.
 
-    A function of the weight [N, K] and the architecture alone, so that a row's sum never depends on the batch.
+    num_blocks: of K. A function of the weight and the architecture alone, so that a row's sum never depends on the
+    batch.
     """
-    num_blocks = -(-num_inputs // PLANAR_BLOCK)
     num_tiles = -(-num_columns // FEW_ROWS_TILES[arch][8].num_columns)
     splits = 1
     while num_tiles * splits < 2 * ARCHITECTURES[arch].num_processors:

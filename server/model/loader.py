@@ -103,7 +103,7 @@ class _Source:
         if not all(quantized) or not self._are_packed_alike(specs):
             return JoinedLinear(tuple(self.read_linear([spec]) for spec in specs))
         weight = concatenate_rows([self.reader.read_packed(spec.name) for spec in specs])
-        if not dispatch.has_packed_kernel(weight):
+        if not dispatch.has_packed_kernel(weight, self.device):
             return DenseLinear(dequantize(weight).to(device=self.device, dtype=self.dtype), bias)
         try:
             return QuantizedLinear(dispatch.prepare_weight(weight, self.device), bias)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import layout
 from kernels.launch import IS_INTERPRETED
 from kernels.layout import PackedWeight, repack_planar
 
@@ -18,16 +19,7 @@ LAST_PLACE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 def planar_on_device(weight: PackedWeight) -> PackedWeight:
     """The ROW_MAJOR weight as the kernels read it, where they read it."""
-    planar = repack_planar(weight)
-    return PackedWeight(
-        codes=planar.codes.to(DEVICE),
-        scales=planar.scales.to(DEVICE),
-        zeros=planar.zeros.to(DEVICE),
-        shape=planar.shape,
-        bits=planar.bits,
-        group_size=planar.group_size,
-        layout=planar.layout,
-    )
+    return layout.planar_on_device(repack_planar(weight), DEVICE)
 
 
 @contextmanager

@@ -25,6 +25,13 @@ def test_a_prepared_weight_gives_the_reference_on_the_cpu() -> None:
     torch.testing.assert_close(output, reference.quantized_linear(x, weight), atol=0.05, rtol=0.02)
 
 
+def test_codes_of_8_bits_are_multiplied_as_they_are_packed_on_a_gpu_only() -> None:
+    weight = random_packed_weight(8, 64, 32, bits=8)
+
+    assert dispatch.has_packed_kernel(weight, torch.device("cuda"))
+    assert not dispatch.has_packed_kernel(weight, torch.device("cpu"))
+
+
 def test_a_device_without_kernels_is_refused() -> None:
     meta = torch.device("meta")
 

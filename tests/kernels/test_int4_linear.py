@@ -82,6 +82,45 @@ def test_codes_of_3_bits_and_one_scale_a_row_are_read_by_the_same_kernels(linear
 
 @KERNELS
 @pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("group_size", [32, 192])
+def test_codes_of_8_bits(linear: Linear, dtype: torch.dtype, group_size: int) -> None:
+    # 3 blocks of 64; one group a row, and groups of half a block
+    weight = random_packed_weight(16, 192, group_size, bits=8)
+    x = random_rows(3, 192, dtype)
+
+    assert_is_the_reference(run(linear, x, weight), x, weight)
+
+
+@KERNELS
+def test_every_code_of_8_bits_against_the_extreme_zero_points_is_exact(linear: Linear) -> None:
+    weight = random_packed_weight(8, 256, 64, bits=8)
+    weight = dataclasses.replace(
+        weight,
+        codes=torch.arange(256, dtype=torch.uint8).expand(8, -1).contiguous(),
+        zeros=torch.tensor([0, 255, 128, 1], dtype=torch.uint8).expand(8, -1).contiguous(),
+        scales=torch.ones_like(weight.scales),
+    )
+    units = torch.eye(256, dtype=torch.float16)
+
+    out = torch.cat([run(linear, rows, weight) for rows in units.split(64)])
+
+    assert torch.equal(out, reference.dequantize(weight).T.to(torch.float16))
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_scales_of_bf16_and_of_subnormal_size(linear: Linear, dtype: torch.dtype) -> None:
+    weight = random_packed_weight(8, 128, 64)
+    in_bf16 = dataclasses.replace(weight, scales=weight.scales.to(torch.bfloat16))
+    subnormal = dataclasses.replace(weight, scales=weight.scales * 2.0**-14)
+    x = random_rows(2, 128, dtype)
+
+    for changed in (in_bf16, subnormal):
+        assert_is_the_reference(run(linear, x, changed), x, changed)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_the_demo_models_width_which_is_no_multiple_of_a_block(linear: Linear, dtype: torch.dtype) -> None:
     weight = random_packed_weight(8, 576, 64)
     x = random_rows(3, 576, dtype)
@@ -133,11 +172,12 @@ def test_every_code_against_every_zero_point_is_exact(linear: Linear) -> None:
 
 
 def test_a_row_has_the_same_bits_in_every_batch_and_in_both_kernels() -> None:
-    weight = random_packed_weight(8, 17 * 128, 128)
-    x = exact_rows(64, 17 * 128)
+    # 9 blocks in 2 splits of 5: the last has 4
+    weight = random_packed_weight(8, 9 * 128, 128)
+    x = exact_rows(64, 9 * 128)
     everything = run(gemv_int4, x, weight)
 
-    for num_rows in (1, 7, 16, 33):
+    for num_rows in range(1, 64):
         assert torch.equal(run(gemv_int4, x[:num_rows], weight), everything[:num_rows])
     more = torch.cat([x, x[:3]])
     assert torch.equal(run(gemm_int4, more, weight)[:64], everything)

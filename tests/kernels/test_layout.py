@@ -1,6 +1,5 @@
 """Every arrangement of the codes holds the same codes, and what does not fit is refused."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -213,10 +212,9 @@ def test_3_bit_codes_are_kept_by_every_run_time_layout(shape: tuple[int, int, in
     assert torch.equal(unpack_int4_cpu(repack_int4_cpu(weight))[:, :num_outputs].T, unpack(weight).codes)
 
 
-@pytest.mark.parametrize("repack", [repack_int4_cpu, repack_planar])
-def test_8_bit_codes_have_no_run_time_layout(repack: Callable[[PackedWeight], PackedWeight]) -> None:
+def test_8_bit_codes_have_no_layout_on_the_cpu() -> None:
     with pytest.raises(ValueError, match=r"holds codes of \(3, 4\) bits, not of 8: dequantize the weight"):
-        repack(random_packed_weight(8, 64, 32, bits=8))
+        repack_int4_cpu(random_packed_weight(8, 64, 32, bits=8))
 
 
 @pytest.mark.parametrize("read", [unpack, repack_int4_cpu, repack_planar])

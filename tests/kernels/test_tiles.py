@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.layout import PLANAR_COLUMN_MULTIPLE
+from kernels.layout import PLANAR_TILE_COLUMNS
 from kernels.tiles import (
     ARCHITECTURES,
     FEW_ROWS_TILES,
@@ -19,15 +19,16 @@ ARCHS = pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 
 
 @ARCHS
-def test_every_row_count_has_a_tile_that_holds_it(arch: int) -> None:
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_every_row_count_has_a_tile_that_holds_it(arch: int, group_size: int) -> None:
     for num_rows in range(1, MAX_FEW_ROWS + 1):
-        assert few_rows_tile(arch, num_rows).num_rows >= num_rows
+        assert few_rows_tile(arch, num_rows, group_size).num_rows >= num_rows
 
 
 @ARCHS
 def test_columns_of_every_tile_divide_the_padding_of_the_layout(arch: int) -> None:
     for tile in (*FEW_ROWS_TILES[arch].values(), MANY_ROWS_TILES[arch]):
-        assert PLANAR_COLUMN_MULTIPLE % tile.num_columns == 0
+        assert PLANAR_TILE_COLUMNS % tile.num_columns == 0
 
 
 @pytest.mark.parametrize(
@@ -44,18 +45,18 @@ def test_a_gpu_before_ampere_is_refused() -> None:
 
 def test_a_square_layer_of_an_8b_model_is_split_until_it_fills_an_h100() -> None:
     # 4096 / 128 = 32 tiles, 264 wanted: 8 splits of 4 blocks each are as many as K allows
-    assert num_splits(90, 4096, 4096) == 8
+    assert num_splits(90, 4096, 32) == 8
     # 28672 / 128 = 224 tiles: two splits pass 264
-    assert num_splits(90, 28672, 4096) == 2
+    assert num_splits(90, 28672, 32) == 2
 
 
 @ARCHS
 @pytest.mark.parametrize("num_columns", [8, 576, 4096, 128256])
-@pytest.mark.parametrize("num_inputs", [32, 576, 4096, 14336])
-def test_no_split_is_shorter_than_the_pipeline_wants(arch: int, num_columns: int, num_inputs: int) -> None:
-    splits = num_splits(arch, num_columns, num_inputs)
+@pytest.mark.parametrize("num_blocks", [1, 5, 32, 86, 112])
+def test_no_split_is_shorter_than_the_pipeline_wants(arch: int, num_columns: int, num_blocks: int) -> None:
+    splits = num_splits(arch, num_columns, num_blocks)
 
-    assert splits == 1 or num_inputs / 128 / splits >= MIN_BLOCKS_PER_SPLIT
+    assert splits == 1 or num_blocks / splits >= MIN_BLOCKS_PER_SPLIT
 
 
 @pytest.mark.parametrize(("width", "tile"), [(8, 16), (64, 64), (80, 128), (96, 128), (128, 128)])

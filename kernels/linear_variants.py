@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 from itertools import cycle, product
 
-from kernels import gemm_int4, gemv_int4
+from kernels import gemm_int4, gemv_int4, grouped_int4
 from kernels.layout import PLANAR_BLOCKS, PLANAR_GROUP_SIZES
-from kernels.tiles import COPY_WARPS, FEW_ROWS_TILES, MANY_ROWS_TILES, SUM_COLUMNS, LinearTile, few_rows_tile
+from kernels.tiles import (
+    COPY_WARPS,
+    FEW_ROWS_TILES,
+    MANY_ROWS_TILES,
+    MIN_GROUPED_ROWS,
+    SUM_COLUMNS,
+    LinearTile,
+    few_rows_tile,
+)
 from kernels.variant import DTYPES, DType, Family, LoopRules, Variant, plain_variant
 
 
@@ -30,6 +38,7 @@ WEIGHTS = (
     *(Weights("bf16", 4, group_size, "bf16") for group_size in (64, 128)),
     *(Weights(dtype, 8, 64, dtype) for dtype in DTYPES),
 )
+EXPERT_WEIGHTS = tuple(Weights(dtype, 4, group_size, "fp16") for dtype, group_size in product(DTYPES, (128, 64, 32)))
 SAMPLED_WEIGHTS = (WEIGHTS[2], WEIGHTS[4], WEIGHTS[0], WEIGHTS[7], WEIGHTS[8])
 
 
@@ -41,7 +50,11 @@ def all_variants(arch: int) -> list[Variant]:
             tile = few_rows_tile(arch, bucket, weights.group_size)
             variants += [few_rows_variant(arch, tile, weights, is_split=is_split) for is_split in (True, False)]
         variants.append(many_rows_variant(arch, MANY_ROWS_TILES[arch], weights))
-    return [*variants, *(sum_variant(arch, dtype) for dtype in DTYPES)]
+    for weights, bucket in product(EXPERT_WEIGHTS, FEW_ROWS_TILES[arch]):
+        if bucket >= MIN_GROUPED_ROWS:
+            tile = few_rows_tile(arch, bucket, weights.group_size)
+            variants.append(grouped_variant(arch, tile, weights))
+    return [*variants, *(kind(arch, dtype) for kind in (sum_variant, choices_variant) for dtype in DTYPES)]
 
 
 def sample_variants(arch: int) -> list[Variant]:
@@ -51,7 +64,13 @@ def sample_variants(arch: int) -> list[Variant]:
         few_rows_variant(arch, few_rows_tile(arch, bucket, kind.group_size), kind, is_split=is_split)
         for bucket, kind, is_split in zip(FEW_ROWS_TILES[arch], weights, splits, strict=False)
     ]
-    return [*few_rows, many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)), sum_variant(arch, "fp16")]
+    return [
+        *few_rows,
+        many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)),
+        grouped_variant(arch, few_rows_tile(arch, MIN_GROUPED_ROWS, 128), EXPERT_WEIGHTS[0]),
+        sum_variant(arch, "fp16"),
+        choices_variant(arch, "bf16"),
+    ]
 
 
 def few_rows_variant(arch: int, tile: LinearTile, weights: Weights, *, is_split: bool) -> Variant:
@@ -66,6 +85,34 @@ def many_rows_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
     """The many-row kernel, without bias."""
     own = {"out_ptr": f"*{weights.dtype}:16", "num_splits": "i32"}
     return _linear_variant("gemm_int4_kernel", arch, tile, weights, own, "direct")
+
+
+def grouped_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
+    """The kernel over experts."""
+    own = {
+        "order_ptr": "*i32:16",
+        "tile_experts_ptr": "*i32:16",
+        "tile_rows_ptr": "*i32:16",
+        "out_ptr": f"*{weights.dtype}:16",
+        "words_stride": "i32:16",
+        "pairs_stride": "i32:16",
+        "num_splits": "i32",
+        "x_repeats": "i32",
+    }
+    return _linear_variant("grouped_int4_kernel", arch, tile, weights, own, "experts")
+
+
+def choices_variant(arch: int, dtype: DType) -> Variant:
+    """The ordered sum over a token's experts."""
+    half = f"*{dtype}:16"
+    arguments = {
+        "choices_ptr": half,
+        "router_ptr": "*fp32:16",
+        "out_ptr": half,
+        "num_columns": "i32:16",
+        "num_choices": "i32",
+    }
+    return plain_variant("sum_choices_kernel", arch, dtype, arguments, {"TILE_COLUMNS": SUM_COLUMNS}, COPY_WARPS)
 
 
 def sum_variant(arch: int, dtype: DType) -> Variant:
@@ -84,18 +131,19 @@ def sum_variant(arch: int, dtype: DType) -> Variant:
 def _linear_variant(
     kernel: str, arch: int, tile: LinearTile, weights: Weights, own: dict[str, str], label: str
 ) -> Variant:
+    has_bias_argument = kernel != "grouped_int4_kernel"
     arguments = {
         "x_ptr": f"*{weights.dtype}:16",
         "words_ptr": "*i16:16",
         "pairs_ptr": "*i32:16",
-        "num_rows": "i32",
+        **({"num_rows": "i32"} if has_bias_argument else {}),
         "num_columns": "i32:16",
         "num_blocks": "i32",
         "x_stride": "i32:16",
         **own,
     }
     constants: dict[str, int | bool | None] = {
-        **({} if "bias_ptr" in own else {"bias_ptr": None}),
+        **({"bias_ptr": None} if has_bias_argument and "bias_ptr" not in own else {}),
         "BITS": weights.bits,
         "GROUP_SIZE": weights.group_size,
         "SCALES_ARE_BF16": weights.scales == "bf16",
@@ -121,6 +169,8 @@ FAMILY = Family(
         "gemv_int4_kernel": gemv_int4.gemv_int4_kernel,
         "sum_parts_kernel": gemv_int4.sum_parts_kernel,
         "gemm_int4_kernel": gemm_int4.gemm_int4_kernel,
+        "grouped_int4_kernel": grouped_int4.grouped_int4_kernel,
+        "sum_choices_kernel": grouped_int4.sum_choices_kernel,
     },
     all_variants=all_variants,
     sample_variants=sample_variants,

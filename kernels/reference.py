@@ -59,3 +59,16 @@ def paged_attention(
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
         output[start:stop] = torch.einsum("htk,hkd->thd", weights, values).to(output.dtype)
     return output
+
+
+def grouped_linear(x: Tensor, weights: list[PackedWeight], experts: Tensor) -> Tensor:
+    """Row a // (A / rows of x) of x times the ROW_MAJOR weight of expert experts[a], for each of A: [A, N]."""
+    repeats = len(experts) // len(x)
+    rows = [quantized_linear(x[a // repeats][None], weights[int(expert)]) for a, expert in enumerate(experts.tolist())]
+    return torch.cat(rows)
+
+
+def sum_choices(choices: Tensor, router: Tensor) -> Tensor:
+    """choices [T * C, N] weighted by router [T, C], summed over C in float32: [T, N] in the dtype of the choices."""
+    weighted = choices.float().view(*router.shape, -1) * router[..., None]
+    return weighted.sum(dim=1).to(choices.dtype)

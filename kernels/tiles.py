@@ -45,6 +45,8 @@ ARCHITECTURES = {
 }
 
 MAX_FEW_ROWS = 64
+# the narrowest tile over experts: one of 8 rows would cost nearly as much, and be filled half as often
+MIN_GROUPED_ROWS = 16
 
 _SERVER_TILES = {
     8: LinearTile(num_rows=8, num_columns=128, num_warps=4, num_stages=4),
@@ -115,6 +117,12 @@ def few_rows_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
         if num_rows <= bucket:
             return _SMALL_GROUP_TILES.get(arch, {}).get(bucket, tile) if group_size < 128 else tile
     raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
+
+
+def grouped_tile(arch: int, num_assignments: int, num_experts: int, group_size: int) -> LinearTile:
+    """The tile for rows that are spread over experts: room for twice an expert's share, 16 to 64 rows."""
+    share = -(-2 * num_assignments // num_experts)
+    return few_rows_tile(arch, min(max(share, MIN_GROUPED_ROWS), MAX_FEW_ROWS), group_size)
 
 
 def head_tile(width: int) -> int:

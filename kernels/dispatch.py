@@ -16,6 +16,7 @@ from kernels.layout import (
     repack_planar,
 )
 from kernels.paged_batch import AttentionBatch, PagedLayer
+from kernels.tiles import is_dense, nearest_architecture
 
 # up to here the GPU kernel for few rows (decode) is used, above the one for many (prefill)
 MAX_GEMV_ROWS = 64
@@ -57,6 +58,10 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
         from kernels.gemv_int4 import gemv_int4
 
         return gemv_int4(x, weight, bias)
+    if is_dense(nearest_architecture(*torch.cuda.get_device_capability(x.device)), x.shape[0]):
+        from kernels.dequantize_int4 import dequantize_int4
+
+        return torch.nn.functional.linear(x, dequantize_int4(weight, x.dtype), bias)
     from kernels.gemm_int4 import gemm_int4
 
     return gemm_int4(x, weight, bias)

@@ -126,7 +126,8 @@ def multiply_blocks(
     x_offsets = word_rows[:, None] + row_offsets[None, :]
     # 64-bit bases that step along, 32-bit offsets that stay: an address costs no multiplication in the loop
     block_index = (first_column // TILE_COLUMNS_STORED).to(tl.int64) * num_blocks + first_block
-    column_in_tile = first_column % TILE_COLUMNS_STORED
+    # Triton 3.6 knows what a product is a multiple of, which wide copies need, and of a remainder it doesn't
+    column_in_tile = first_column // TILE_COLUMNS % (TILE_COLUMNS_STORED // TILE_COLUMNS) * TILE_COLUMNS
     words_ptr += block_index * (WORD_ROWS * TILE_COLUMNS_STORED) + column_in_tile
     pairs_ptr += block_index * PAIRS_PER_BLOCK + column_in_tile
     x_ptr += first_block * BLOCK

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from itertools import cycle, product
 
-from kernels import gemm_int4, gemv_int4, grouped_int4
+from kernels import dequantize_int4, gemm_int4, gemv_int4, grouped_int4
 from kernels.layout import PLANAR_BLOCKS, PLANAR_GROUP_SIZES
 from kernels.tiles import (
     COPY_WARPS,
+    DEQUANTIZING_WARPS,
     FEW_ROWS_TILES,
     MANY_ROWS_TILES,
     MIN_GROUPED_ROWS,
@@ -54,6 +55,7 @@ def all_variants(arch: int) -> list[Variant]:
         if bucket >= MIN_GROUPED_ROWS:
             tile = few_rows_tile(arch, bucket, weights.group_size)
             variants.append(grouped_variant(arch, tile, weights))
+    variants += [dense_variant(arch, weights) for weights in WEIGHTS]
     return [*variants, *(kind(arch, dtype) for kind in (sum_variant, choices_variant) for dtype in DTYPES)]
 
 
@@ -68,6 +70,7 @@ def sample_variants(arch: int) -> list[Variant]:
         *few_rows,
         many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)),
         grouped_variant(arch, few_rows_tile(arch, MIN_GROUPED_ROWS, 128), EXPERT_WEIGHTS[0]),
+        dense_variant(arch, next(weights)),
         sum_variant(arch, "fp16"),
         choices_variant(arch, "bf16"),
     ]
@@ -100,6 +103,25 @@ def grouped_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
         "x_repeats": "i32",
     }
     return _linear_variant("grouped_int4_kernel", arch, tile, weights, own, "experts")
+
+
+def dense_variant(arch: int, weights: Weights) -> Variant:
+    """The kernel that dequantizes."""
+    arguments = {
+        "words_ptr": "*i16:16",
+        "pairs_ptr": "*i32:16",
+        "out_ptr": f"*{weights.dtype}:16",
+        "num_columns": "i32",
+        "num_inputs": "i32:16",
+        "num_blocks": "i32",
+    }
+    constants = {
+        "BITS": weights.bits,
+        "GROUP_SIZE": weights.group_size,
+        "SCALES_ARE_BF16": weights.scales == "bf16",
+        "INTERPRETED": False,
+    }
+    return plain_variant("dequantize_int4_kernel", arch, weights.label, arguments, constants, DEQUANTIZING_WARPS)
 
 
 def choices_variant(arch: int, dtype: DType) -> Variant:
@@ -169,6 +191,7 @@ FAMILY = Family(
         "gemv_int4_kernel": gemv_int4.gemv_int4_kernel,
         "sum_parts_kernel": gemv_int4.sum_parts_kernel,
         "gemm_int4_kernel": gemm_int4.gemm_int4_kernel,
+        "dequantize_int4_kernel": dequantize_int4.dequantize_int4_kernel,
         "grouped_int4_kernel": grouped_int4.grouped_int4_kernel,
         "sum_choices_kernel": grouped_int4.sum_choices_kernel,
     },

@@ -54,6 +54,9 @@ _SERVER_TILES = {
     32: LinearTile(num_rows=32, num_columns=128, num_warps=4, num_stages=4),
     64: LinearTile(num_rows=64, num_columns=128, num_warps=4, num_stages=3),
 }
+# no tile of 8 rows: Triton 3.6 multiplies it by other instructions than the wider ones, and those may sum in another
+# order, so that a row's bits would hang on how many rows there are
+_WIDE_SERVER_TILES = {rows: tile for rows, tile in _SERVER_TILES.items() if rows > 8}
 _DESKTOP_TILES = {
     8: LinearTile(num_rows=8, num_columns=64, num_warps=4, num_stages=4),
     16: LinearTile(num_rows=16, num_columns=64, num_warps=4, num_stages=4),
@@ -61,14 +64,20 @@ _DESKTOP_TILES = {
     64: LinearTile(num_rows=64, num_columns=64, num_warps=4, num_stages=3),
 }
 # groups of less than 128 keep two sums of a tile at once: eight warps where four would spill
-_SMALL_GROUP_TILES = {90: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)}}
+_SMALL_GROUP_TILES = {
+    90: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)},
+    100: {
+        32: LinearTile(num_rows=32, num_columns=128, num_warps=8, num_stages=4),
+        64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
+    },
+}
 # keyed by architecture, then by the largest row count of the bucket
 FEW_ROWS_TILES = {
     80: _SERVER_TILES,
     86: _DESKTOP_TILES,
     89: _DESKTOP_TILES,
-    90: _SERVER_TILES,
-    100: _SERVER_TILES,
+    90: _WIDE_SERVER_TILES,
+    100: _WIDE_SERVER_TILES,
     120: _DESKTOP_TILES,
 }
 # two stages where the third makes the compiler spill registers
@@ -81,6 +90,10 @@ MANY_ROWS_TILES = {
     120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
 }
 
+# rows from which a weight is dequantized for a dense product, on the architectures named. There the library's products
+# should outrun the fused loop by more than it costs to write and read the dense weight: derived, not measured
+DENSE_ROWS = {80: 512, 90: 1024, 100: 1024}
+
 DECODE_TILE = AttentionTile(num_rows=16, num_keys=32, num_warps=4, num_stages=3)
 _PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=8, num_stages=2)
 _SMALL_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=8, num_stages=2)
@@ -91,6 +104,8 @@ SPAN_TOKENS = 512
 SUM_COLUMNS = 512
 # warps of the programs that only copy or add, and of those that merge one head
 COPY_WARPS = 4
+# of those that dequantize a tile: fewer would hold more of it than their registers do
+DEQUANTIZING_WARPS = 8
 MERGE_WARPS = 1
 # the tensor cores multiply at least this many elements at a time: narrower heads are padded to it
 MIN_HEAD_TILE = 16
@@ -117,6 +132,11 @@ def few_rows_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
         if num_rows <= bucket:
             return _SMALL_GROUP_TILES.get(arch, {}).get(bucket, tile) if group_size < 128 else tile
     raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
+
+
+def is_dense(arch: int, num_rows: int) -> bool:
+    """Whether this many rows are multiplied with a dequantized weight."""
+    return arch in DENSE_ROWS and num_rows >= DENSE_ROWS[arch]
 
 
 def grouped_tile(arch: int, num_assignments: int, num_experts: int, group_size: int) -> LinearTile:
@@ -149,7 +169,7 @@ def num_splits(arch: int, num_columns: int, num_blocks: int) -> int:
     num_blocks: of K. A function of the weight and the architecture alone, so that a row's sum never depends on the
     batch.
     """
-    num_tiles = -(-num_columns // FEW_ROWS_TILES[arch][8].num_columns)
+    num_tiles = -(-num_columns // next(iter(FEW_ROWS_TILES[arch].values())).num_columns)
     splits = 1
     while num_tiles * splits < 2 * ARCHITECTURES[arch].num_processors:
         if num_blocks < 2 * splits * MIN_BLOCKS_PER_SPLIT:

@@ -10,10 +10,10 @@ TEXT   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench-cpu bench-quality kernels-check docker-check clean environment environment-dev
+.PHONY: help serve test check format bench-cpu bench-quality kernels-check kernels-check-oldest docker-check clean environment environment-dev
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 environment:
 	@$(PYTHON) scripts/create_environment.py
@@ -44,10 +44,14 @@ bench-quality: environment-dev ## quality beside llm-compressor and AutoRound, c
 	$(BIN)/python -m benchmarks.quality $(if $(CALIB),--calib $(CALIB)) $(TEXT:%=--text %) $(if $(JSON),--json $(JSON)) $(ARGS)
 
 kernels-check: environment-dev ## compile every Triton kernel for every GPU architecture, without a GPU
-	$(BIN)/python -m kernels.compile
+	$(BIN)/python -m kernels.compile $(ARGS)
+
+kernels-check-oldest: environment-dev ## the same with the oldest Triton that is supported, in a directory of its own
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .triton-3.6 'triton==3.6.*'
+	PYTHONPATH=.triton-3.6 $(BIN)/python -m kernels.compile $(ARGS)
 
 docker-check: environment-dev ## run the Dockerfile's steps as far as a machine without a Docker daemon allows
 	bash docker/check.sh
 
 clean: ## remove the environments and the caches; models and jobs stay
-	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-bench .triton-3.6 .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -18,6 +18,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 from kernels import instruction_budget
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
@@ -33,8 +34,12 @@ COMMIT = "ttg.async_commit_group"
 
 def compile_variant(variant: Variant) -> MachineCode:
     """Compile for the variant's architecture and disassemble. Triton's own exception tells why one cannot be."""
+    return compile_kernel(KERNELS[variant.kernel], variant)
+
+
+def compile_kernel(kernel: JITFunction, variant: Variant) -> MachineCode:
+    """The same for a kernel that is in no family."""
     started = time.monotonic()
-    kernel = KERNELS[variant.kernel]
     arguments, constants = dict(variant.arguments), dict(variant.constants)
     signature = {name: arguments.get(name, "constexpr").removesuffix(":16") for name in kernel.arg_names}
     aligned = {

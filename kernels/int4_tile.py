@@ -41,15 +41,13 @@ def plane_pair(
         low = plane_numbers(words, low_pairs, 2 * PAIR, BITS, dtype)
         high = plane_numbers(words, high_pairs, 2 * PAIR + 1, BITS, dtype)
     else:
-        if BITS == 8:
-            assembly: tl.constexpr = FP16_BYTES if dtype == tl.float16 else BF16_BYTES
-        elif PAIR == 0:
-            assembly: tl.constexpr = FP16_PAIR_0 if dtype == tl.float16 else BF16_PAIR_0
-        else:
-            assembly: tl.constexpr = FP16_PAIR_1 if dtype == tl.float16 else BF16_PAIR_1
+        FP16_NIBBLES: tl.constexpr = FP16_PAIR_0 if PAIR == 0 else FP16_PAIR_1
+        BF16_NIBBLES: tl.constexpr = BF16_PAIR_0 if PAIR == 0 else BF16_PAIR_1
+        FP16_ASSEMBLY: tl.constexpr = FP16_BYTES if BITS == 8 else FP16_NIBBLES
+        BF16_ASSEMBLY: tl.constexpr = BF16_BYTES if BITS == 8 else BF16_NIBBLES
         # pack=2: two neighbouring words of a lane at a time, so each pair comes twice, as $3 and $4, as $5 and $6
         low_bits, high_bits = tl.inline_asm_elementwise(
-            assembly,
+            FP16_ASSEMBLY if dtype == tl.float16 else BF16_ASSEMBLY,
             constraints="=&r,=&r,r,r,r,r,r",
             args=[
                 words,

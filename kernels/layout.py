@@ -161,7 +161,7 @@ def repack_planar(weight: PackedWeight) -> PackedWeight:
     )
     pairs = torch.stack((scales, (zeros + 1024.0).to(torch.float16).view(scales.dtype)), dim=-1)
     # [N', G, 2] to [tiles, 128, G, 2] to [tiles, G, 128, 2]
-    tiled_pairs = pairs.unflatten(0, (-1, PLANAR_TILE_COLUMNS)).transpose(1, 2).contiguous()
+    tiled_pairs = pairs.reshape(-1, PLANAR_TILE_COLUMNS, *pairs.shape[1:]).transpose(1, 2).contiguous()
     codes = torch.nn.functional.pad(plain.codes, (0, pad_columns, 0, pad_rows))
     # [N', blocks, plane j, r] to [tiles, blocks, r, 128, j]: the codes of a word side by side
     planes = codes.reshape(

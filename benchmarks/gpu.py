@@ -25,6 +25,7 @@ from benchmarks.gpu_phases.plot import can_draw, draw  # noqa: E402
 from benchmarks.gpu_phases.record import Record  # noqa: E402
 from benchmarks.gpu_phases.report import render  # noqa: E402
 from benchmarks.gpu_phases.supervisor import Watch, run_all  # noqa: E402
+from benchmarks.gpu_phases.tile_choice import choose, write_choice  # noqa: E402
 from benchmarks.json_file import write_json  # noqa: E402
 
 DEFAULT_MINUTES = 9.0
@@ -42,6 +43,7 @@ class Options:
     minutes: float
     phases: list[str]
     json_path: Path
+    tiles_path: Path
     out: Path
     is_rehearsal: bool
 
@@ -72,15 +74,29 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=_minutes, default=DEFAULT_MINUTES, help="for all phases; default: %(default)g")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=DEFAULT_MINUTES, help="for all phases; default: %(default)g"
+    )
     parser.add_argument(
         "--phases", type=_phase_names, default=names, metavar="NAME,NAME", help=f"which of {', '.join(names)}"
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="default: bench-results")
     parser.add_argument("--json", type=writable_file, metavar="PATH", help="default: gpu.json in --out")
-    parser.add_argument("--rehearsal", action="store_true", help="tiny sizes on the CPU; without a GPU it is always one")
+    parser.add_argument(
+        "--tiles", type=writable_file, metavar="PATH", help="where better tiles go; default: tuned_tiles.json in --out"
+    )
+    parser.add_argument(
+        "--rehearsal", action="store_true", help="tiny sizes on the CPU; without a GPU it is always one"
+    )
     parsed = parser.parse_args(arguments)
-    return Options(parsed.minutes, parsed.phases, parsed.json or parsed.out / "gpu.json", parsed.out, parsed.rehearsal)
+    return Options(
+        minutes=parsed.minutes,
+        phases=parsed.phases,
+        json_path=parsed.json or parsed.out / "gpu.json",
+        tiles_path=parsed.tiles or parsed.out / "tuned_tiles.json",
+        out=parsed.out,
+        is_rehearsal=parsed.rehearsal,
+    )
 
 
 def _minutes(text: str) -> float:
@@ -118,6 +134,10 @@ def _write_pages(record: Record, options: Options) -> None:
     page.write_text(text)
     sys.stdout.write(text)
     announce(f"\nfigures: {options.json_path}\ntables: {page}")
+    chosen = choose(record.figures_of("tune"))
+    if chosen and not record.is_rehearsal:
+        write_choice(chosen, options.tiles_path)
+        announce(f"tiles: {options.tiles_path}")
     picture = options.out / "gpu.png"
     if not can_draw():
         announce("no picture: matplotlib is not installed")

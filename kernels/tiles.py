@@ -1,9 +1,12 @@
 """Data: the sizes kernels launch with, per GPU architecture and row bucket. Changed by a commit, never while running.
 
-Legend: N = out features, K = in features. None of these numbers has been timed on a GPU yet.
+Legend: N = out features, K = in features. None of these numbers has been timed on a GPU yet; those that will be come
+from `make tune-gpu`, which writes them into tuned_tiles.json beside this file, and replace the ones here.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from kernels.layout import PLANAR_BLOCK
 
@@ -47,6 +50,27 @@ ARCHITECTURES = {
 }
 
 MAX_FEW_ROWS = 64
+# its bucket for tiles of more rows
+MANY_ROWS = "many_rows"
+
+
+def read_tuned_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:
+    """What the tuner wrote, by architecture and then by bucket: the largest row count, or MANY_ROWS. Often nothing."""
+    if not path.exists():
+        return {}
+    by_arch: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
+    return {
+        arch: {bucket: LinearTile(**fields) for bucket, fields in buckets.items()} for arch, buckets in by_arch.items()
+    }
+
+
+_TUNED_TILES = read_tuned_tiles(Path(__file__).with_name("tuned_tiles.json"))
+
+
+def _tuned(arch: int, bucket: int | str, tile: LinearTile) -> LinearTile:
+    """The measured tile, or else that one."""
+    return _TUNED_TILES.get(str(arch), {}).get(str(bucket), tile)
+
 
 _SERVER_TILES = {
     8: LinearTile(num_rows=8, num_columns=128, num_warps=4, num_stages=4),
@@ -60,8 +84,7 @@ _DESKTOP_TILES = {
     32: LinearTile(num_rows=32, num_columns=64, num_warps=4, num_stages=3),
     64: LinearTile(num_rows=64, num_columns=64, num_warps=4, num_stages=3),
 }
-# keyed by architecture, then by the largest row count of the bucket
-FEW_ROWS_TILES = {
+_FEW_ROWS_TILES = {
     80: _SERVER_TILES,
     86: _DESKTOP_TILES,
     89: _DESKTOP_TILES,
@@ -69,8 +92,13 @@ FEW_ROWS_TILES = {
     100: _SERVER_TILES,
     120: _DESKTOP_TILES,
 }
+# keyed by architecture, then by the largest row count of the bucket
+FEW_ROWS_TILES = {
+    arch: {bucket: _tuned(arch, bucket, tile) for bucket, tile in tiles.items()}
+    for arch, tiles in _FEW_ROWS_TILES.items()
+}
 # two stages where the third makes the compiler spill registers
-MANY_ROWS_TILES = {
+_MANY_ROWS_TILES = {
     80: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
     86: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
     89: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
@@ -78,6 +106,7 @@ MANY_ROWS_TILES = {
     100: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
     120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
 }
+MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_ROWS_TILES.items()}
 
 DECODE_TILE = AttentionTile(num_rows=16, num_keys=32, num_warps=4, num_stages=3)
 _PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=8, num_stages=2)

@@ -20,7 +20,6 @@ from kernels.paged_attention import paged_attention
 PHASE = "attention"
 OURS, TORCH = "ours", "torch"
 DTYPE = torch.float16
-BLOCK_SIZES = (16, 64)
 PEER_TABLE = "Peers that can be compared with"
 FLASH, ANY_BACKEND = "torch flash attention", "torch attention"
 # the largest difference of outputs near 1, in 16 bits
@@ -31,7 +30,7 @@ def plan(bench: Bench) -> Sequence[Item]:
     cases = [
         Item(f"{case}, blocks of {block_size}", partial(_measure, bench, case, block_size))
         for case in bench.sizes.attention
-        for block_size in BLOCK_SIZES
+        for block_size in bench.sizes.block_sizes
     ]
     return [Item(name, partial(_check_torch, bench, name)) for name in (FLASH, ANY_BACKEND)] + cases
 
@@ -108,7 +107,7 @@ def _check_torch(bench: Bench, backend: str) -> Iterator[Figure]:
     largest = 0.0
     for case in (bench.sizes.attention[0], _prompt_of(bench)):
         heads, length = case.heads, case.context_len
-        sequences = Sequences((length - case.num_new,), (case.num_new,), BLOCK_SIZES[0])
+        sequences = Sequences((length - case.num_new,), (case.num_new,), bench.sizes.block_sizes[0])
         batch = batch_of(sequences, bench.device)
         layer = random_cache(bench, heads, sequences.num_blocks, sequences.block_size, DTYPE, seed=1)
         query = random_rows(bench, (case.num_new, heads.num_heads, heads.width), DTYPE, seed=3)

@@ -85,5 +85,3 @@ class Side:
 
     calls: Sequence[Call]
     expected_seconds: float
-
-

@@ -19,7 +19,6 @@ from kernels.paged_batch import AttentionBatch, PagedLayer
 TABLE = "Attention against float32"
 # weights are rounded to the cache's dtype before they multiply the values, and the result once more
 ROUNDING = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
-BLOCK_SIZES = (16, 64)
 
 
 def attention_items(bench: Bench) -> Sequence[Item]:
@@ -27,7 +26,7 @@ def attention_items(bench: Bench) -> Sequence[Item]:
         Item(f"attention {dtype} {heads.num_heads}/{heads.num_kv_heads}x{heads.width} blocks of {block_size}", work)
         for heads in bench.sizes.checked_heads
         for dtype in HALF_TYPES
-        for block_size in BLOCK_SIZES
+        for block_size in bench.sizes.block_sizes
         for work in [partial(_check, bench, dtype, heads, block_size)]
     ]
 
@@ -87,7 +86,7 @@ class _Scene:
             alone = paged_attention(
                 self.query[tokens],
                 self.layer,
-                self._batch_alone(index, tokens),
+                self._batch_alone(index, first),
                 softmax_scale=self.softmax_scale,
                 sliding_window=window,
             )
@@ -96,14 +95,14 @@ class _Scene:
             first += num_new
         return True
 
-    def _batch_alone(self, index: int, tokens: slice) -> AttentionBatch:
+    def _batch_alone(self, index: int, first: int) -> AttentionBatch:
         num_new = self.num_new[index]
         return replace(
             self.batch,
             query_starts=torch.tensor([0, num_new], dtype=torch.int32, device=self.query.device),
             context_lens=self.batch.context_lens[index : index + 1],
             block_tables=self.batch.block_tables[index : index + 1],
-            slot_mapping=self.batch.slot_mapping[tokens],
+            slot_mapping=self.batch.slot_mapping[first : first + num_new],
             max_query_len=num_new,
             max_context_len=self.context_lens[index],
         )

@@ -58,12 +58,16 @@ class DecodeStep:
 
     def linear_calls(self) -> Sequence[Call]:
         """The linears of all blocks, each once, on rows of their width."""
-        calls: list[Call] = []
-        for layer in self._model.decoder.layers:
-            for linear in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up):
-                calls.append(partial(linear, self._rows))
-            calls.append(partial(layer.mlp.down, self._wide_rows))
-        return calls
+        return [
+            partial(linear, rows)
+            for layer in self._model.decoder.layers
+            for linear, rows in (
+                (layer.attention.qkv, self._rows),
+                (layer.attention.output, self._rows),
+                (layer.mlp.gate_up, self._rows),
+                (layer.mlp.down, self._wide_rows),
+            )
+        ]
 
     def attention_calls(self) -> Sequence[Call]:
         """The attention of all blocks, each once, over as much as the sequences hold now."""

@@ -49,7 +49,11 @@ class Figure:
             "name": self.name,
             "values": {column: _finite(value) for column, value in self.values.items()},
             "goals": [
-                {"name": goal.name, "reached": goal.reached if math.isfinite(goal.reached) else 0.0, "wanted": goal.wanted}
+                {
+                    "name": goal.name,
+                    "reached": goal.reached if math.isfinite(goal.reached) else 0.0,
+                    "wanted": goal.wanted,
+                }
                 for goal in self.goals
             ],
         }

@@ -32,7 +32,11 @@ FLOPS_ROWS = 128
 def plan(bench: Bench) -> Sequence[Item]:
     cases = [Item(str(case), partial(_measure, bench, case)) for case in bench.sizes.linear]
     peers = [Item("torch int4 against the reference", partial(_check_torch_int4, bench))]
-    return [*peers, *cases, *(Item(f"gemlite, {case}", partial(_measure_gemlite, bench, case)) for case in bench.sizes.gemlite)]
+    return [
+        *peers,
+        *cases,
+        *(Item(f"gemlite, {case}", partial(_measure_gemlite, bench, case)) for case in bench.sizes.gemlite),
+    ]
 
 
 def _check_torch_int4(bench: Bench) -> Iterator[Figure]:

@@ -1,6 +1,7 @@
 """Those that multiply by a weight of 4 bits, or by the same in 16, on as many copies as the cache must not hold."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -32,8 +33,11 @@ class OurKernels:
         self._weights = copies_of(weight, bench.num_copies(self.num_bytes))
 
     def side(self, x: Tensor) -> Side:
-        kernel = gemv_int4 if len(x) <= MAX_GEMV_ROWS else gemm_int4
-        return _side([partial(kernel, x, weight) for weight in self._weights], x, self._weights[0], self.num_bytes)
+        calls = [partial(_multiply, x, weight) for weight in self._weights]
+        return _side(calls, x, self._weights[0], self.num_bytes)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return _multiply(x, self._weights[0])
 
 
 class HalfWeights:
@@ -89,7 +93,7 @@ class Gemlite:
         num_columns, num_inputs = row_major.shape
         self._packed = row_major
         self._num_bytes = bytes_of(row_major)
-        self._layers: list[Call] = []
+        self._layers: list[Callable[[Tensor], object]] = []
         for _ in range(bench.num_copies(self._num_bytes)):
             layer = GemLiteLinear(
                 row_major.bits,
@@ -106,7 +110,11 @@ class Gemlite:
         return _side([partial(layer, x) for layer in self._layers], x, self._packed, self._num_bytes)
 
 
-def _side(calls: list[Call], x: Tensor, weight: PackedWeight, num_bytes: int) -> Side:
+def _multiply(x: Tensor, weight: PackedWeight) -> Tensor:
+    return (gemv_int4 if len(x) <= MAX_GEMV_ROWS else gemm_int4)(x, weight)
+
+
+def _side(calls: Sequence[Call], x: Tensor, weight: PackedWeight, num_bytes: int) -> Side:
     num_columns, num_inputs = weight.shape
     seconds = num_bytes / FASTEST_BYTES + 2 * len(x) * num_columns * num_inputs / FASTEST_FLOPS
     return Side(calls, seconds)

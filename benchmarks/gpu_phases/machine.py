@@ -57,16 +57,22 @@ def data_sheet(bench: Bench) -> Datasheet | None:
 
 
 def ask_nvidia_smi(fields: Sequence[str]) -> dict[str, str]:
-    """What the tool says of the first GPU; nothing where there is no tool, or it does not know a field."""
+    """What the tool says of the first GPU; nothing where there is no tool, no answer, or no such field."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_SECONDS)
-    except (OSError, subprocess.SubprocessError):
+    except subprocess.CalledProcessError:
+        # one field that this driver does not know spoils them all
+        return (
+            {}
+            if len(fields) == 1
+            else {key: value for field in fields for key, value in ask_nvidia_smi([field]).items()}
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return {}
-    values = [value.strip() for value in answer.stdout.strip().split(",")]
-    return dict(zip(fields, values, strict=False))
+    return dict(zip(fields, (value.strip() for value in answer.stdout.strip().split(",")), strict=False))
 
 
 def _describe(bench: Bench) -> Iterator[Figure]:

@@ -38,7 +38,9 @@ def draw(record: Record, path: Path) -> bool:
 
 def _draw_lines(axes: "Axes", figures: Sequence[Figure], column: str, label: str) -> None:
     for name in dict.fromkeys(figure.name for figure in figures):
-        points = sorted((figure.number("rows") or 0, figure.number(column) or 0) for figure in figures if figure.name == name)
+        points = sorted(
+            (figure.number("rows") or 0, figure.number(column) or 0) for figure in figures if figure.name == name
+        )
         axes.plot([rows for rows, _ in points], [value for _, value in points], marker="o", markersize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("rows of activations")

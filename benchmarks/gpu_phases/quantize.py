@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_phases.bench import Bench, Item
 from benchmarks.gpu_phases.figures import Figure
-from benchmarks.gpu_phases.sizes import ModelShape
 from quant.block import BlockPlan
 from quant.block_groups import groups_of
 from quant.block_search import search_block
@@ -34,7 +33,7 @@ def _quantize(bench: Bench, method: Method) -> Iterator[Figure]:
     makes them unless told otherwise: here that is the device."""
     shape, (num_rows, row_tokens) = bench.sizes.quantized_model, bench.sizes.quantized_rows
     with torch.device(bench.device):
-        model = LlamaForCausalLM(LlamaConfig(**_fields(shape, row_tokens))).eval()
+        model = LlamaForCausalLM(LlamaConfig.from_dict({**shape.to_config(row_tokens), "dtype": "float32"}))
         stack = find_blocks(model)
         ((name, block),) = stack.blocks.items()
         groups = groups_of(block, rows_of("llama"), model.config)
@@ -57,15 +56,3 @@ def _quantize(bench: Bench, method: Method) -> Iterator[Figure]:
         "error now": outcome.error.chosen,
     }
     yield Figure(TABLE, f"{method}, {shape.hidden_size} wide", values)
-
-
-def _fields(shape: ModelShape, num_tokens: int) -> dict[str, int]:
-    return {
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.heads.num_heads,
-        "num_key_value_heads": shape.heads.num_kv_heads,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": num_tokens,
-    }

@@ -98,10 +98,11 @@ class ModelShape:
 class Sizes:
     """copy_bytes: of the buffers whose copying tells the bandwidth. checked_*: for correctness, which is slow to check.
 
-    invariance_rows: batches that a row is compared in; the largest up to 64 is what the others are compared with.
+    block_sizes: of the paged cache. invariance_rows: batches that a row is compared in; the largest up to 64 is what the others are compared with.
     num_rounds: how often each timed run is repeated. run_seconds: how long one should take at least, so that starting
     it does not count. streams: how many sequences decode at once, end to end, with context_len tokens each.
-    decode_steps: generated tokens of each, after one for warming up. quantized_rows: calibration rows, x their tokens.
+    decode_steps: generated tokens of each. quantized_rows: calibration rows, and the tokens of each.
+    tuned_buckets: the buckets of kernels/tiles.py for which other tiles are tried, at most max_tuned_tiles of them.
     """
 
     name: Literal["full", "rehearsal"]
@@ -113,6 +114,7 @@ class Sizes:
     invariance_rows: tuple[int, ...]
     checked_heads: tuple[HeadShape, ...]
     checked_context: int
+    block_sizes: tuple[int, ...]
     linear: tuple[LinearCase, ...]
     int4_peer_rows: int
     gemlite: tuple[LinearCase, ...]
@@ -123,6 +125,9 @@ class Sizes:
     decode_steps: int
     quantized_model: ModelShape
     quantized_rows: tuple[int, int]
+    tuned_buckets: tuple[str, ...]
+    max_tuned_rows: int
+    max_tuned_tiles: int
     num_rounds: int
     run_seconds: float
 
@@ -143,9 +148,7 @@ ROWS = (1, 16, 8, 64, 2048, 4, 32, 512, 128, 2, 256)
 SOME_ROWS = (1, 16, 64, 2048)
 LLAMA_HEADS = HeadShape(num_heads=32, num_kv_heads=8, width=128)
 WIDE_GROUP_HEADS = HeadShape(num_heads=32, num_kv_heads=4, width=128)
-LLAMA_MODEL = ModelShape(
-    hidden_size=4096, intermediate_size=14336, num_layers=32, heads=LLAMA_HEADS, vocab_size=128256
-)
+LLAMA_MODEL = ModelShape(hidden_size=4096, intermediate_size=14336, num_layers=32, heads=LLAMA_HEADS, vocab_size=128256)
 MIB = 2**20
 
 FULL = Sizes(
@@ -170,6 +173,7 @@ FULL = Sizes(
         HeadShape(num_heads=8, num_kv_heads=4, width=256),
     ),
     checked_context=2048,
+    block_sizes=(16, 64),
     linear=(
         *(LinearCase(shape, 128, "fp16", ROWS) for shape in LLAMA_8B),
         *(LinearCase(shape, 128, "fp16", ROWS) for shape in QWEN_7B),
@@ -195,6 +199,9 @@ FULL = Sizes(
         hidden_size=4096, intermediate_size=11008, num_layers=1, heads=HeadShape(32, 32, 128), vocab_size=32000
     ),
     quantized_rows=(32, 512),
+    tuned_buckets=("8", "16", "many_rows", "64", "32"),
+    max_tuned_rows=2048,
+    max_tuned_tiles=31,
     num_rounds=15,
     run_seconds=1e-3,
 )
@@ -211,6 +218,7 @@ REHEARSAL = Sizes(
     invariance_rows=(1, 9, 64, 65),
     checked_heads=(_TINY_HEADS,),
     checked_context=40,
+    block_sizes=(16,),
     linear=(LinearCase(_TINY, 128, "fp16", (1, 65)), LinearCase(_TINY, 64, "bf16", (16,))),
     int4_peer_rows=16,
     gemlite=(LinearCase(_TINY, 128, "fp16", (1,)),),
@@ -223,6 +231,9 @@ REHEARSAL = Sizes(
         hidden_size=64, intermediate_size=96, num_layers=1, heads=HeadShape(2, 2, 32), vocab_size=64
     ),
     quantized_rows=(2, 16),
+    tuned_buckets=("8",),
+    max_tuned_rows=1,
+    max_tuned_tiles=1,
     num_rounds=2,
     run_seconds=0.0,
 )

@@ -22,20 +22,22 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_PROCESSES = 8
 # an item that says nothing for so long hangs; the interpreter on a busy machine is slow
 SILENT_SECONDS = {True: 300.0, False: 90.0}
-# a process that was told to stop by its deadline gets so long to come to the end of a figure
-GRACE_SECONDS = 20.0
 EXIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Watch:
-    """command: what runs the phases. deadline: of all, on the monotonic clock. save: called after every message."""
+    """command: what runs the phases. deadline: of all, on the monotonic clock. save: called after every message.
+
+    grace_seconds: what a process that knows the deadline gets beyond it, to come to the end of a figure.
+    """
 
     command: Sequence[str]
     deadline: float
     is_rehearsal: bool
     say: Callable[[str], None]
     save: Callable[[], None]
+    grace_seconds: float = 20.0
 
 
 def run_all(record: Record, watch: Watch) -> None:
@@ -106,7 +108,7 @@ def _listen(output: IO[str], record: Record, watch: Watch) -> str | None:
     broken: str | None = None
     while True:
         limit = SILENT_SECONDS[watch.is_rehearsal or record.is_rehearsal]
-        until_end = watch.deadline + GRACE_SECONDS - time.monotonic()
+        until_end = watch.deadline + watch.grace_seconds - time.monotonic()
         if until_end <= 0:
             return "out of time: it did not stop at the deadline"
         try:
@@ -115,7 +117,8 @@ def _listen(output: IO[str], record: Record, watch: Watch) -> str | None:
             if until_end <= limit:
                 return "out of time: it did not stop at the deadline"
             return f"it said nothing for {limit:.0f} s"
-        if line is None:
+        if line is None or not line.endswith("\n"):
+            # the end, perhaps in the middle of a word
             return broken
         message: Message = json.loads(line)
         if message["kind"] == "start":

@@ -77,6 +77,7 @@ def run_phases(request: Request, bench: Bench, send: Send) -> None:
         until = time.monotonic() + seconds_for(phase, phases[position + 1 :], seconds_left)
         send({"kind": "start", "phase": phase.name})
         run_phase(phase, bench, send, first_item=request["first_item"] if position == 0 else 0, until=until)
+        _release(bench)
         send({"kind": "end", "phase": phase.name, "clocks": _clocks(bench)})
 
 
@@ -89,34 +90,41 @@ def run_phase(phase: Phase, bench: Bench, send: Send, *, first_item: int, until:
         # whatever it is, the other phases go on
         send({"kind": "failed", "phase": phase.name, "item": PREPARATION, "traceback": traceback.format_exc()})
         return
+    run_items(phase.name, items, bench, send, first_item=first_item, until=until)
+
+
+def run_items(
+    phase_name: str, items: Sequence[Item], bench: Bench, send: Send, *, first_item: int, until: float
+) -> None:
+    """One after the other; what there is no time for is named."""
     for index, item in enumerate(items):
         if index < first_item:
             continue
         if time.monotonic() >= until:
             names = [left.name for left in items[index:]]
-            send({"kind": "skipped", "phase": phase.name, "items": names, "why": OUT_OF_TIME})
+            send({"kind": "skipped", "phase": phase_name, "items": names, "why": OUT_OF_TIME})
             return
-        send({"kind": "item", "phase": phase.name, "item": item.name, "index": index, "count": len(items)})
-        _run_item(phase, item, bench, send, until=until)
+        send({"kind": "item", "phase": phase_name, "item": item.name, "index": index, "count": len(items)})
+        _run_item(phase_name, item, bench, send, until=until)
         _release(bench)
 
 
-def _run_item(phase: Phase, item: Item, bench: Bench, send: Send, *, until: float) -> None:
+def _run_item(phase_name: str, item: Item, bench: Bench, send: Send, *, until: float) -> None:
     try:
         for figure in item.run():
-            bench.findings.add(phase.name, figure)
-            send({"kind": "figure", "phase": phase.name, "figure": figure.to_json()})
+            bench.findings.add(phase_name, figure)
+            send({"kind": "figure", "phase": phase_name, "figure": figure.to_json()})
             if time.monotonic() >= until:
-                send({"kind": "skipped", "phase": phase.name, "items": [f"rest of {item.name}"], "why": OUT_OF_TIME})
+                send({"kind": "skipped", "phase": phase_name, "items": [f"rest of {item.name}"], "why": OUT_OF_TIME})
                 break
     except NotAvailableError as error:
-        send({"kind": "skipped", "phase": phase.name, "items": [item.name], "why": str(error)})
+        send({"kind": "skipped", "phase": phase_name, "items": [item.name], "why": str(error)})
     except BrokenPipeError:
         # nobody listens any more
         raise
     except Exception:
         # any failure at all is one of this item, recorded as such
-        send({"kind": "failed", "phase": phase.name, "item": item.name, "traceback": traceback.format_exc()})
+        send({"kind": "failed", "phase": phase_name, "item": item.name, "traceback": traceback.format_exc()})
         _check_device(bench, send)
 
 
@@ -130,7 +138,7 @@ def _check_device(bench: Bench, send: Send) -> None:
 
 
 def _release(bench: Bench) -> None:
-    """Give back what the item held: the next one may need all of the memory."""
+    """Give back what an item or a phase held: the next one may need all of the memory."""
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,5 @@
 """The CPU benchmark's pure parts: what the peer is built with, what is counted, and how figures become a report."""
 
-import json
 import re
 from contextlib import ExitStack
 from io import StringIO

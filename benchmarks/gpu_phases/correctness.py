@@ -31,7 +31,7 @@ KERNELS: dict[str, Linear] = {"few rows": gemv_int4, "many rows": gemm_int4}
 
 def plan(bench: Bench) -> Sequence[Item]:
     sizes = bench.sizes
-    linear = [
+    first, *others = [
         Item(f"linear {dtype} g{group}", partial(_check_linear, bench, dtype, group))
         for group in sizes.checked_groups
         for dtype in HALF_TYPES
@@ -45,7 +45,9 @@ def plan(bench: Bench) -> Sequence[Item]:
         Item("values that are not finite", partial(_check_not_finite, bench)),
         Item("norm", partial(_check_norm, bench)),
     ]
-    return [*linear, *attention_items(bench), *invariance, *rest]
+    # a little of everything first, should time run out
+    attention = attention_items(bench)
+    return [first, *invariance[:1], *attention[:1], *others, *invariance[1:], *rest, *attention[1:]]
 
 
 def _check_linear(bench: Bench, dtype: HalfName, group_size: int) -> Iterator[Figure]:

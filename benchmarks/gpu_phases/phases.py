@@ -17,6 +17,7 @@ class Phase:
 
 
 PHASES = (
+    Phase("compilation", "Compiling all kernels at once", 12),
     Phase("machine", "The machine", 4),
     Phase("correctness", "Correctness of every kernel", 16),
     Phase("linear", "INT4 linear layers", 30),

@@ -98,7 +98,8 @@ class ModelShape:
 class Sizes:
     """copy_bytes: of the buffers whose copying tells the bandwidth. checked_*: for correctness, which is slow to check.
 
-    block_sizes: of the paged cache. invariance_rows: batches that a row is compared in; the largest up to 64 is what the others are compared with.
+    invariance_rows: batches that a row is compared in; the largest up to 64 is what the others are compared with.
+    block_sizes: of the paged cache. int4_peer_rows: the most that torch's op is timed with; it is slow for more.
     num_rounds: how often each timed run is repeated. run_seconds: how long one should take at least, so that starting
     it does not count. streams: how many sequences decode at once, end to end, with context_len tokens each.
     decode_steps: generated tokens of each. quantized_rows: calibration rows, and the tokens of each.

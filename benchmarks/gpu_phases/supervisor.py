@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # after so many the machine is at fault, and no figure would come of another
 MAX_PROCESSES = 8
 # an item that says nothing for so long hangs; the interpreter on a busy machine is slow
-SILENT_SECONDS = {True: 300.0, False: 90.0}
+SILENT_SECONDS = {True: 300.0, False: 120.0}
 EXIT_SECONDS = 5.0
 
 
@@ -80,6 +80,9 @@ def _run_process(record: Record, watch: Watch, first_item: int) -> str | None:
         why = _listen(process.stdout, record, watch)
     except BrokenPipeError:
         why = "it ended before it read what to do"
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     finally:
         code = _end(process)
     if why is None and record.unfinished():

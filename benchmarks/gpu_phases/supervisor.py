@@ -100,7 +100,8 @@ def _end(process: subprocess.Popen[str]) -> int:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+    """Ours, but whether kernels are interpreted is the process's own choice."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def _listen(output: IO[str], record: Record, watch: Watch) -> str | None:

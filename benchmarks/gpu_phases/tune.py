@@ -1,6 +1,6 @@
 """Phase 7: other tiles, timed beside the table's on the shapes that miss their goal; the better ones become data.
 
-The choice is a bucket's, over all timed shapes of it. A tile is taken only where every output keeps its bits.
+The choice is a bucket's, over all timed shapes of it. A tile is taken only where a row keeps its bits in every bucket.
 """
 
 import math
@@ -45,7 +45,9 @@ def _tune(bench: Bench, bucket: str) -> Iterator[Figure]:
     arch = nearest_architecture(*divmod(bench.architecture, 10)) if bench.architecture else INTERPRETED_ARCH
     num_rows = min(TIMED_ROWS[bucket], bench.sizes.max_tuned_rows)
     trials = [_Trial(bench, case, num_rows) for case in cases]
-    for candidate in _candidates(_current_tile(arch, bucket))[: bench.sizes.max_tuned_tiles]:
+    # a bucket of few rows fits its tile; of many, a tile may hold more of them
+    row_counts = (64, 128) if bucket == MANY_ROWS else (int(bucket),)
+    for candidate in _candidates(_current_tile(arch, bucket), row_counts)[: bench.sizes.max_tuned_tiles]:
         yield _try(bench, trials, arch, bucket, candidate)
 
 
@@ -104,13 +106,12 @@ def _try(bench: Bench, trials: Sequence[_Trial], arch: int, bucket: str, candida
     except (TritonError, RuntimeError) as error:
         # too much shared memory, or what the compiler cannot do; a device that is broken says so here again
         bench.stopwatch.wait()
-        return Figure(TABLE, name, {**cells, GAIN: None, WHY_NOT: str(error).strip().splitlines()[0]})
+        return Figure(TABLE, name, {**cells, GAIN: None, WHY_NOT: f"{type(error).__name__}: {error}".splitlines()[0]})
     return Figure(TABLE, name, {**cells, GAIN: math.prod(gains) ** (1 / len(gains)), WHY_NOT: None})
 
 
-def _candidates(current: LinearTile) -> list[LinearTile]:
-    """Other tiles for as many rows; for many rows, other numbers of rows too. The nearest to the table's come first."""
-    row_counts = (current.num_rows,) if current.num_rows < MAX_GEMV_ROWS else (64, 128)
+def _candidates(current: LinearTile, row_counts: Sequence[int]) -> list[LinearTile]:
+    """Other tiles; those that differ least from the table's come first."""
     tiles_of_all = [
         LinearTile(num_rows, num_columns, num_warps, num_stages)
         for num_rows, num_columns, num_warps, num_stages in product(row_counts, COLUMNS, WARPS, STAGES)

@@ -31,6 +31,7 @@ def _compile(bench: Bench) -> Iterator[Figure]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu_phases.launches", str(index), str(num_processes)],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
         for index in range(num_processes)

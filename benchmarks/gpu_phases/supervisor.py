@@ -75,8 +75,9 @@ def _run_process(record: Record, watch: Watch, first_item: int) -> str | None:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
+        # it stays open: its end tells the process that nobody waits for figures any more
         process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.close()
+        process.stdin.flush()
         why = _listen(process.stdout, record, watch)
     except BrokenPipeError:
         why = "it ended before it read what to do"

@@ -119,6 +119,17 @@ SUM_COLUMNS = 512
 # warps of the programs that only copy or add, and of those that merge one head
 COPY_WARPS = 4
 MERGE_WARPS = 1
+# columns that one program of a gate, and of a gather of rows, makes
+GATE_COLUMNS = 1024
+GATHERED_COLUMNS = 1024
+# logits that one program edits
+EDITED_COLUMNS = 1024
+# logits that one program of sampling, which has a row to itself, reads at a time, and thresholds that it tries at once
+SAMPLED_COLUMNS = 4096
+SAMPLING_WARPS = 16
+NUM_THRESHOLDS = 4
+# the widest row that one program holds in registers: 64 elements a thread
+MAX_ROW_WIDTH = 32_768
 # the tensor cores multiply at least this many elements at a time: narrower heads are padded to it
 MIN_HEAD_TILE = 16
 
@@ -148,7 +159,7 @@ def few_rows_tile(arch: int, num_rows: int) -> LinearTile:
 
 def head_tile(width: int) -> int:
     """The power of two that a head of this width is padded to."""
-    return max(_next_power_of_two(width), MIN_HEAD_TILE)
+    return max(next_power_of_two(width), MIN_HEAD_TILE)
 
 
 def prefill_tile(width: int, group: int) -> AttentionTile:
@@ -161,7 +172,12 @@ def prefill_tile(width: int, group: int) -> AttentionTile:
 
 def row_tile(tile: AttentionTile, group: int) -> int:
     """Rows of an attention tile: its own, or as many as hold one token of a larger group of query heads."""
-    return max(tile.num_rows, _next_power_of_two(group))
+    return max(tile.num_rows, next_power_of_two(group))
+
+
+def row_warps(width: int) -> int:
+    """Warps of a program that holds a row of this width: 16 elements a thread, more in rows wider than 8192."""
+    return min(max(next_power_of_two(width) // 512, 1), 16)
 
 
 def num_splits(arch: int, num_columns: int, num_inputs: int) -> int:
@@ -179,5 +195,6 @@ def num_splits(arch: int, num_columns: int, num_inputs: int) -> int:
     return splits
 
 
-def _next_power_of_two(number: int) -> int:
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number from 1 up."""
     return 1 << (number - 1).bit_length()

@@ -177,6 +177,8 @@ def _check_heads(
             f"heads must be [T, H + {2 * num_kv_heads}, D] with H a multiple of the cache's {num_kv_heads} heads, "
             f"not {list(heads.shape)}"
         )
+    if layer.keys.dtype != heads.dtype:
+        raise ValueError(f"the cache must be in the dtype of heads, {heads.dtype}, not {layer.keys.dtype}")
     num_queries = heads.shape[1] - 2 * num_kv_heads
     check_write(heads[:, num_queries:-num_kv_heads], heads[:, -num_kv_heads:], layer, slot_mapping)
     _check_rotation(rotation, heads)

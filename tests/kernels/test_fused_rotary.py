@@ -169,6 +169,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
     with pytest.raises(ValueError, match="float16 or bfloat16"):
         run_with(heads=scene.heads.float())
+    with pytest.raises(ValueError, match="the cache must be in the dtype of heads"):
+        run_with(heads=scene.heads.bfloat16())
     with pytest.raises(ValueError, match=r"heads must be \[T, H \+ 4, D\] with H a multiple of the cache's 2 heads"):
         run_with(heads=scene.heads[:, :4])
     with pytest.raises(ValueError, match="one row per token"):

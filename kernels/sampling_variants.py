@@ -5,7 +5,7 @@ from kernels.tiles import COPY_WARPS, EDITED_COLUMNS, NUM_THRESHOLDS, SAMPLED_CO
 from kernels.variant import Family, Variant, plain_variant
 
 # tiles of the largest vocabularies, of a quarter of a million tokens
-MAX_TILES = 64
+MAX_TILES = 128
 
 
 def all_variants(arch: int) -> list[Variant]:

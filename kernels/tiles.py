@@ -125,7 +125,7 @@ GATHERED_COLUMNS = 1024
 # logits that one program edits
 EDITED_COLUMNS = 1024
 # logits that one program of sampling, which has a row to itself, reads at a time, and thresholds that it tries at once
-SAMPLED_COLUMNS = 4096
+SAMPLED_COLUMNS = 2048
 SAMPLING_WARPS = 16
 NUM_THRESHOLDS = 4
 # the widest row that one program holds in registers: 64 elements a thread

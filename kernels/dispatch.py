@@ -14,7 +14,7 @@ from kernels.rotary import HeadNorms, Rotation
 
 # in a process that is told so, a CPU's tensors are for the Triton kernels too, which then must be interpreted
 # (TRITON_INTERPRET=1): the rehearsal of a GPU where there is none
-TRITON_ON_CPU = "AWQ_SERVE_TRITON_ON_CPU"
+TRITON_ON_CPU = "AWQ_TRITON_ON_CPU"
 _TRITON_DEVICES = ("cuda", "cpu") if os.environ.get(TRITON_ON_CPU) == "1" else ("cuda",)
 
 # up to here the GPU kernel for few rows (decode) is used, above the one for many (prefill)

@@ -10,7 +10,7 @@ TEXT   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench-cpu bench-quality kernels-check kernels-check-oldest docker-check clean environment environment-dev
+.PHONY: help serve test check format bench-cpu bench-quality bench-gpu tune-gpu kernels-check kernels-check-oldest docker-check clean environment environment-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -42,6 +42,12 @@ bench-cpu: environment-dev ## decode and prefill speed beside llama.cpp on this 
 
 bench-quality: environment-dev ## quality beside llm-compressor and AutoRound, calibrated on CALIB=file, measured on TEXT=files
 	$(BIN)/python -m benchmarks.quality $(if $(CALIB),--calib $(CALIB)) $(TEXT:%=--text %) $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-gpu: environment-dev ## check and time every kernel on a GPU in nine minutes; without one, a rehearsal. ARGS="--out DIR"
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+tune-gpu: environment-dev ## time other tiles on the shapes that miss their goal; the better ones go into kernels/tuned_tiles.json
+	$(BIN)/python benchmarks/gpu.py --phases machine,linear,tune --minutes 20 --tiles kernels/tuned_tiles.json $(ARGS)
 
 kernels-check: environment-dev ## compile every Triton kernel for every GPU architecture, without a GPU
 	$(BIN)/python -m kernels.compile $(ARGS)

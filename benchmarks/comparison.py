@@ -1,11 +1,8 @@
 """From seconds to figures: speeds, ratios and their spread, as a table and as JSON."""
 
-import json
-import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -81,16 +78,3 @@ def render_table(comparisons: Sequence[Comparison], *, title: str) -> Table:
 
 def _render_speed(speed: Spread) -> str:
     return speed.render(decimals=1 if speed.median < 100 else 0)
-
-
-def write_json(path: Path, figures: Mapping[str, object]) -> None:
-    """All of it or nothing: whoever reads the file never finds half of one, nor loses the one before."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w") as file:
-            file.write(json.dumps(figures, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

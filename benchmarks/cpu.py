@@ -20,9 +20,10 @@ from benchmarks.command_line import (
     positive_number,
     writable_file,
 )
-from benchmarks.comparison import Comparison, render_table, write_json
+from benchmarks.comparison import Comparison, render_table
 from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, size_of
 from benchmarks.errors import BenchmarkError
+from benchmarks.json_file import write_json
 from benchmarks.llama_cpp_build import LlamaCppBuild, cmake_options
 from benchmarks.llama_cpp_peer import LlamaCppPeer
 from benchmarks.machine import CPUINFO, Cpu, measure_busy_cores, parse_cpuinfo, usable_cores

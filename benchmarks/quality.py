@@ -21,9 +21,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.command_line import CACHE, EXIT_INTERRUPTED, announce, own_version, positive_number, writable_file
-from benchmarks.comparison import write_json
 from benchmarks.demo_checkpoint import find_gguf, prepare_dense
 from benchmarks.errors import BenchmarkError
+from benchmarks.json_file import write_json
 from benchmarks.machine import CPUINFO, Cpu, measure_busy_cores, parse_cpuinfo, usable_cores
 from benchmarks.quality_job import Job
 from benchmarks.quality_report import (

@@ -10,7 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels.cpu import rms_norm
 from kernels.paged_batch import AttentionBatch, PagedLayer
+from kernels.rotary import HeadNorms, Rotation
 
 # queries of a prompt that share one mask: later keys than the last of them are never touched
 QUERY_BLOCK = 256
@@ -50,6 +52,39 @@ def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, plan: CpuAttention
     """Write the step's keys and values [T, H_kv, D] into the cache."""
     for cache, new in ((layer.keys, keys), (layer.values, values)):
         cache.view(-1, cache.shape[-1]).index_copy_(0, plan.write_rows, new.to(cache.dtype).flatten(0, 1))
+
+
+def rotate_and_write(
+    heads: Tensor, rotation: Rotation, norms: HeadNorms | None, layer: PagedLayer, plan: CpuAttentionPlan
+) -> Tensor:
+    """Norm and rotate the queries and keys among heads [T, H + 2 H_kv, D]; write the keys and values into the cache.
+
+    Returns the queries [T, H, D].
+    """
+    num_kv_heads = layer.keys.shape[1]
+    num_queries = heads.shape[1] - 2 * num_kv_heads
+    rotated, values = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if norms is not None:
+        queries, keys = rotated[:, :num_queries], rotated[:, num_queries:]
+        rotated = torch.cat(
+            (
+                rms_norm(queries, norms.query_weight, norms.epsilon),
+                rms_norm(keys, norms.key_weight, norms.epsilon),
+            ),
+            dim=1,
+        )
+    rotated = _rotate(rotated, rotation)
+    write_kv(rotated[:, num_queries:], values, layer, plan)
+    return rotated[:, :num_queries]
+
+
+def _rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Element i of the first R of each head [T, H, D] pairs with element i + R / 2; those after R stay."""
+    cosines, signed_sines = rotation.cosines[:, None], rotation.signed_sines[:, None]
+    turning, staying = heads.tensor_split([cosines.shape[-1]], dim=-1)
+    swapped = torch.roll(turning, turning.shape[-1] // 2, dims=-1)
+    turned = torch.addcmul(turning * cosines, swapped, signed_sines)
+    return turned if staying.shape[-1] == 0 else torch.cat((turned, staying), dim=-1)
 
 
 def paged_attention(

@@ -1,5 +1,6 @@
 """Picks the kernel for an operation from (device, rows) in plain functions. An absent kernel is an error."""
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +17,13 @@ from kernels.layout import (
     repack_planar,
 )
 from kernels.paged_batch import AttentionBatch, PagedLayer
-from kernels.tiles import is_dense, nearest_architecture
+from kernels.rotary import HeadNorms, Rotation
+from kernels.tiles import is_dense
+
+# in a process that is told so, a CPU's tensors are for the Triton kernels too, which then must be interpreted
+# (TRITON_INTERPRET=1): the rehearsal of a GPU where there is none
+TRITON_ON_CPU = "AWQ_TRITON_ON_CPU"
+_TRITON_DEVICES = ("cuda", "cpu") if os.environ.get(TRITON_ON_CPU) == "1" else ("cuda",)
 
 # up to here the GPU kernel for few rows (decode) is used, above the one for many (prefill)
 MAX_GEMV_ROWS = 64
@@ -25,13 +32,16 @@ MAX_GEMV_ROWS = 64
 AttentionPlan = AttentionBatch | CpuAttentionPlan
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether the device's kernels are the Triton ones. Raises ValueError for a device without kernels."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"there are no kernels for the device {device}; use cpu or cuda")
+    return device.type in _TRITON_DEVICES
+
+
 def runtime_layout(device: torch.device) -> WeightLayout:
     """The layout that the device's kernels read. Raises ValueError for a device without kernels."""
-    if device.type == "cpu":
-        return WeightLayout.INT4_CPU
-    if device.type == "cuda":
-        return WeightLayout.PLANAR
-    raise ValueError(f"there are no kernels for the device {device}; use cpu or cuda")
+    return WeightLayout.PLANAR if runs_triton(device) else WeightLayout.INT4_CPU
 
 
 def has_packed_kernel(weight: PackedWeight, device: torch.device) -> bool:
@@ -51,14 +61,15 @@ def prepare_weight(weight: PackedWeight, device: torch.device) -> PackedWeight:
 
 def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times a weight [N, K] in the device's layout, transposed: [M, N] in x's dtype."""
-    if x.device.type == "cpu":
+    if not runs_triton(x.device):
         return cpu.quantized_linear(x, weight, bias)
-    _require_cuda(x.device)
     if x.shape[0] <= MAX_GEMV_ROWS:
         from kernels.gemv_int4 import gemv_int4
 
         return gemv_int4(x, weight, bias)
-    if is_dense(nearest_architecture(*torch.cuda.get_device_capability(x.device)), x.shape[0]):
+    from kernels.launch import launch_arch
+
+    if is_dense(launch_arch({"x": x}), x.shape[0]):
         from kernels.dequantize_int4 import dequantize_int4
 
         return torch.nn.functional.linear(x, dequantize_int4(weight, x.dtype), bias)
@@ -69,33 +80,69 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
 
 def max_rows_together(device: torch.device) -> int:
     """How many rows a linear layer takes with no row's result depending on the others."""
-    return cpu.cpu_traits().max_int4_op_rows if device.type == "cpu" else MAX_GEMV_ROWS
+    return MAX_GEMV_ROWS if runs_triton(device) else cpu.cpu_traits().max_int4_op_rows
+
+
+def gather_rows(token_ids: Tensor, table: Tensor) -> Tensor:
+    """The rows of a table [V, K] that token_ids int64 [T] name: [T, K].
+
+    An id outside of the table is an error on a CPU, and a row of NaN on a GPU, which cannot raise.
+    """
+    if not runs_triton(table.device):
+        return torch.nn.functional.embedding(token_ids, table)
+    from kernels.fused_embedding import gather_rows
+
+    return gather_rows(token_ids, table)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) * weight over the last axis, computed in float32, in x's dtype."""
-    if x.device.type == "cpu":
+    """x [M, K] / rms(x) * weight [K] per row, computed in float32, in x's dtype."""
+    if not runs_triton(x.device):
         return cpu.rms_norm(x, weight, epsilon)
-    _require_cuda(x.device)
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+    from kernels.fused_norm import rms_norm
+
+    return rms_norm(x, weight, epsilon)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The rms norm of x + residual, both [M, K], and that sum, which is in their dtype."""
+    if not runs_triton(x.device):
+        total = residual + x
+        return cpu.rms_norm(total, weight, epsilon), total
+    from kernels.fused_norm import add_rms_norm
+
+    return add_rms_norm(x, residual, weight, epsilon)
+
+
+def silu_gate(gate_up: Tensor) -> Tensor:
+    """silu of the first half of the columns times the second half: [M, 2K] to [M, K]."""
+    if not runs_triton(gate_up.device):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    from kernels.fused_activation import silu_gate
+
+    return silu_gate(gate_up)
 
 
 def plan_attention(batch: AttentionBatch, layer: PagedLayer, windows: Iterable[int | None]) -> AttentionPlan:
     """What all layers of a step share: caches of the shape of `layer`, sliding windows among `windows`."""
-    if layer.keys.device.type == "cpu":
+    if not runs_triton(layer.keys.device):
         return cpu_attention.plan_attention(batch, layer, windows)
-    _require_cuda(layer.keys.device)
     return batch
 
 
-def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, plan: AttentionPlan) -> None:
-    """Write the step's keys and values [T, H_kv, D] into the cache."""
-    if isinstance(plan, CpuAttentionPlan):
-        cpu_attention.write_kv(keys, values, layer, plan)
-        return
-    from kernels import paged_attention
+def rotate_and_write(
+    heads: Tensor, rotation: Rotation, norms: HeadNorms | None, layer: PagedLayer, plan: AttentionPlan
+) -> Tensor:
+    """Norm and rotate the queries and keys among heads [T, H + 2 H_kv, D]; write the step's keys and values.
 
-    paged_attention.write_kv(keys, values, layer, plan.slot_mapping)
+    heads: queries, then keys, then values. Returns the queries [T, H, D].
+    """
+    if isinstance(plan, CpuAttentionPlan):
+        return cpu_attention.rotate_and_write(heads, rotation, norms, layer, plan)
+    from kernels.fused_rotary import rotate_and_write
+
+    return rotate_and_write(heads, rotation, norms, layer, plan.slot_mapping)
 
 
 def attention(
@@ -109,8 +156,3 @@ def attention(
     from kernels.paged_attention import paged_attention
 
     return paged_attention(query, layer, plan, softmax_scale=softmax_scale, sliding_window=sliding_window)
-
-
-def _require_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ValueError(f"there are no kernels for the device {device}; use cpu or cuda")

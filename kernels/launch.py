@@ -11,6 +11,7 @@ from kernels.tiles import nearest_architecture
 
 # the interpreter (TRITON_INTERPRET=1) runs CPU tensors and knows no inline assembly
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
 # whose tiles the interpreter takes
 INTERPRETED_ARCH = 90
 
@@ -26,6 +27,18 @@ def operand(tensor: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     if INTERPRETED:
         tensor = tensor.to(tl.float32)
     return tensor
+
+
+@triton.jit
+def rounded(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """float32 values in dtype, rounded to nearest even. The interpreter's own cast to bfloat16 cuts the bits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        bits = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        values = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        values = values.to(dtype)
+    return values
 
 
 def launch_arch(operands: dict[str, Tensor]) -> int:

@@ -1,9 +1,12 @@
 """Data: the sizes kernels launch with, per GPU architecture and row bucket. Changed by a commit, never while running.
 
-Legend: N = out features, K = in features. None of these numbers has been timed on a GPU yet.
+Legend: N = out features, K = in features. None of these numbers has been timed on a GPU yet; those that will be come
+from `make tune-gpu`, which writes them into tuned_tiles.json beside this file, and replace the ones here.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,28 @@ ARCHITECTURES = {
 MAX_FEW_ROWS = 64
 # the narrowest tile over experts: one of 8 rows would cost nearly as much, and be filled half as often
 MIN_GROUPED_ROWS = 16
+WIDEST_GROUPED_TILE = 64 * 128
+# its bucket for tiles of more rows
+MANY_ROWS = "many_rows"
+
+
+def read_tuned_tiles(path: Path) -> dict[str, dict[str, LinearTile]]:
+    """What the tuner wrote, by architecture and then by bucket: the largest row count, or MANY_ROWS. Often nothing."""
+    if not path.exists():
+        return {}
+    by_arch: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
+    return {
+        arch: {bucket: LinearTile(**fields) for bucket, fields in buckets.items()} for arch, buckets in by_arch.items()
+    }
+
+
+_TUNED_TILES = read_tuned_tiles(Path(__file__).with_name("tuned_tiles.json"))
+
+
+def _tuned(arch: int, bucket: int | str, tile: LinearTile) -> LinearTile:
+    """The measured tile, or else that one."""
+    return _TUNED_TILES.get(str(arch), {}).get(str(bucket), tile)
+
 
 _SERVER_TILES = {
     8: LinearTile(num_rows=8, num_columns=128, num_warps=4, num_stages=4),
@@ -54,9 +79,9 @@ _SERVER_TILES = {
     32: LinearTile(num_rows=32, num_columns=128, num_warps=4, num_stages=4),
     64: LinearTile(num_rows=64, num_columns=128, num_warps=4, num_stages=3),
 }
-# no tile of 8 rows: Triton 3.6 multiplies it by other instructions than the wider ones, and those may sum in another
-# order, so that a row's bits would hang on how many rows there are
-_WIDE_SERVER_TILES = {rows: tile for rows, tile in _SERVER_TILES.items() if rows > 8}
+# 16 rows for 8 too: Triton 3.6 multiplies tiles of 8 by other instructions than the wider ones, and those may sum in
+# another order, so that a row's bits would hang on how many rows there are
+_WIDE_SERVER_TILES = {**_SERVER_TILES, 8: _SERVER_TILES[16]}
 _DESKTOP_TILES = {
     8: LinearTile(num_rows=8, num_columns=64, num_warps=4, num_stages=4),
     16: LinearTile(num_rows=16, num_columns=64, num_warps=4, num_stages=4),
@@ -71,8 +96,7 @@ _SMALL_GROUP_TILES = {
         64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
     },
 }
-# keyed by architecture, then by the largest row count of the bucket
-FEW_ROWS_TILES = {
+_FEW_ROWS_TILES = {
     80: _SERVER_TILES,
     86: _DESKTOP_TILES,
     89: _DESKTOP_TILES,
@@ -80,8 +104,13 @@ FEW_ROWS_TILES = {
     100: _WIDE_SERVER_TILES,
     120: _DESKTOP_TILES,
 }
+# keyed by architecture, then by the largest row count of the bucket
+FEW_ROWS_TILES = {
+    arch: {bucket: _tuned(arch, bucket, tile) for bucket, tile in tiles.items()}
+    for arch, tiles in _FEW_ROWS_TILES.items()
+}
 # two stages where the third makes the compiler spill registers
-MANY_ROWS_TILES = {
+_MANY_ROWS_TILES = {
     80: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
     86: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
     89: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
@@ -89,6 +118,7 @@ MANY_ROWS_TILES = {
     100: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
     120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
 }
+MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_ROWS_TILES.items()}
 
 # rows from which a weight is dequantized for a dense product, on the architectures named. There the library's products
 # should outrun the fused loop by more than it costs to write and read the dense weight: derived, not measured
@@ -107,6 +137,17 @@ COPY_WARPS = 4
 # of those that dequantize a tile: fewer would hold more of it than their registers do
 DEQUANTIZING_WARPS = 8
 MERGE_WARPS = 1
+# columns that one program of a gate, and of a gather of rows, makes
+GATE_COLUMNS = 1024
+GATHERED_COLUMNS = 1024
+# logits that one program edits
+EDITED_COLUMNS = 1024
+# logits that one program of sampling, which has a row to itself, reads at a time, and thresholds that it tries at once
+SAMPLED_COLUMNS = 2048
+SAMPLING_WARPS = 16
+NUM_THRESHOLDS = 4
+# the widest row that one program holds in registers: 64 elements a thread
+MAX_ROW_WIDTH = 32_768
 # the tensor cores multiply at least this many elements at a time: narrower heads are padded to it
 MIN_HEAD_TILE = 16
 
@@ -140,14 +181,18 @@ def is_dense(arch: int, num_rows: int) -> bool:
 
 
 def grouped_tile(arch: int, num_assignments: int, num_experts: int, group_size: int) -> LinearTile:
-    """The tile for rows that are spread over experts: room for twice an expert's share, 16 to 64 rows."""
+    """The tile for rows that are spread over experts: room for twice an expert's share, 16 to 64 rows.
+
+    The rows' 64-bit places take registers, which the widest tile has only with eight warps.
+    """
     share = -(-2 * num_assignments // num_experts)
-    return few_rows_tile(arch, min(max(share, MIN_GROUPED_ROWS), MAX_FEW_ROWS), group_size)
+    tile = few_rows_tile(arch, min(max(share, MIN_GROUPED_ROWS), MAX_FEW_ROWS), group_size)
+    return replace(tile, num_warps=8) if tile.num_rows * tile.num_columns == WIDEST_GROUPED_TILE else tile
 
 
 def head_tile(width: int) -> int:
     """The power of two that a head of this width is padded to."""
-    return max(_next_power_of_two(width), MIN_HEAD_TILE)
+    return max(next_power_of_two(width), MIN_HEAD_TILE)
 
 
 def prefill_tile(width: int, group: int) -> AttentionTile:
@@ -160,7 +205,12 @@ def prefill_tile(width: int, group: int) -> AttentionTile:
 
 def row_tile(tile: AttentionTile, group: int) -> int:
     """Rows of an attention tile: its own, or as many as hold one token of a larger group of query heads."""
-    return max(tile.num_rows, _next_power_of_two(group))
+    return max(tile.num_rows, next_power_of_two(group))
+
+
+def row_warps(width: int) -> int:
+    """Warps of a program that holds a row of this width: 16 elements a thread, more in rows wider than 8192."""
+    return min(max(next_power_of_two(width) // 512, 1), 16)
 
 
 def num_splits(arch: int, num_columns: int, num_blocks: int) -> int:
@@ -169,7 +219,7 @@ def num_splits(arch: int, num_columns: int, num_blocks: int) -> int:
     num_blocks: of K. A function of the weight and the architecture alone, so that a row's sum never depends on the
     batch.
     """
-    num_tiles = -(-num_columns // next(iter(FEW_ROWS_TILES[arch].values())).num_columns)
+    num_tiles = -(-num_columns // FEW_ROWS_TILES[arch][8].num_columns)
     splits = 1
     while num_tiles * splits < 2 * ARCHITECTURES[arch].num_processors:
         if num_blocks < 2 * splits * MIN_BLOCKS_PER_SPLIT:
@@ -178,5 +228,6 @@ def num_splits(arch: int, num_columns: int, num_blocks: int) -> int:
     return splits
 
 
-def _next_power_of_two(number: int) -> int:
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number from 1 up."""
     return 1 << (number - 1).bit_length()

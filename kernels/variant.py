@@ -1,6 +1,6 @@
 """What one compilation of a kernel is, and what a family of kernels tells `compile` of itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +70,12 @@ class Family:
 
 
 def plain_variant(
-    kernel: str, arch: int, label: str, arguments: dict[str, str], constants: dict[str, int], num_warps: int
+    kernel: str,
+    arch: int,
+    label: str,
+    arguments: dict[str, str],
+    constants: Mapping[str, int | None],
+    num_warps: int,
 ) -> Variant:
     """A kernel without a dot: nothing to pipeline, no loop with rules."""
     return Variant(

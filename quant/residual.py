@@ -41,11 +41,13 @@ def find_stream_writers(
     norms = [name for name, module in block.named_modules() if _is_norm(module, width)]
     candidates = [name for name in linears if block.get_submodule(name).get_parameter("weight").shape[0] == width]
     before = observe(block, block_index, chunk, norms, [*candidates, BLOCK])
+    # drawn on the CPU, so that the same comes out on every device
     generator = torch.Generator().manual_seed(SEED)
     magnitude = before.outputs[BLOCK].square().mean().sqrt()
     writers = {}
     for name in candidates:
-        disturbance = torch.randn(before.outputs[BLOCK].shape, generator=generator) * magnitude
+        drawn = torch.randn(before.outputs[BLOCK].shape, generator=generator, device=generator.device)
+        disturbance = drawn.to(magnitude.device) * magnitude
         writer = _follow(block, block_index, chunk, name, disturbance, before)
         if writer is not None:
             writers[name] = writer

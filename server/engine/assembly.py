@@ -18,7 +18,7 @@ from server.engine.request import ModelInfo, SamplingDefaults
 from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.model.config import DTYPES, ModelConfig, read_model_config
-from server.model.loader import LoadProgress, load_model
+from server.model.loader import LoadedModel, LoadProgress, load_model
 
 _GPU_STEP_TOKENS = 2048
 # a running request waits for it once a step. The demo model on two cores that others use too: 256 tokens take 2 s,
@@ -65,13 +65,23 @@ def assemble_engine(
     """Load the model and size the cache. Raises one of SETUP_ERRORS with a sentence for whoever starts the engine."""
     # what can be refused is refused before the weights are read
     device = resolve_device(config)
-    limits = choose_limits(config, device)
+    choose_limits(config, device)
     _set_threads(config.num_threads)
     directory = Path(config.model_path)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
     _check_model(config, read_model_config(directory), dtype, device)
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
-    model = load_model(directory, device, dtype, report)
+    return wire_engine(config, load_model(directory, device, dtype, report), device, sampling_defaults, publish)
+
+
+def wire_engine(
+    config: EngineConfig,
+    model: LoadedModel,
+    device: torch.device,
+    sampling_defaults: SamplingDefaults,
+    publish: Publish,
+) -> tuple[EngineLoop, ModelInfo]:
+    """The engine around a model that is on the device. Raises EngineSetupError when no cache of the settings fits."""
     geometry = _geometry(model.config, model.decoder.embedding.dtype)
     size = choose_size(config, geometry, device)
     info = ModelInfo(
@@ -85,7 +95,7 @@ def assemble_engine(
         block_size=size.block_size,
         sampling_defaults=sampling_defaults,
     )
-    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
+    scheduler = Scheduler(choose_limits(config, device), BlockPool(size.num_blocks, size.block_size))
     is_isolated = device.type == "cpu" or config.deterministic
     runner = ModelRunner(
         model.decoder,

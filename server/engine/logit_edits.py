@@ -29,10 +29,11 @@ def edit_logits(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _wants_edits(row: SamplingRow) -> bool:
-    return bool(row.params.logit_bias) or _has_penalty(row.params) or row.bars_stop_tokens
+    return bool(row.params.logit_bias) or has_penalty(row.params) or row.bars_stop_tokens
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether tokens that were said are made less likely, or more."""
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
@@ -54,7 +55,7 @@ def _bar_stop_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _apply_penalties(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    penalized = [(index, row) for index, row in enumerate(rows) if _has_penalty(row.params)]
+    penalized = [(index, row) for index, row in enumerate(rows) if has_penalty(row.params)]
     if not penalized:
         return
     counted = [_count_tokens(row) for _, row in penalized]

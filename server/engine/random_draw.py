@@ -1,4 +1,4 @@
-"""Draws from a distribution. A draw is a function of (seed, position) alone: no generator, no state, no batch mates.
+"""Draws from a distribution at given uniform numbers: no generator, no state, no batch mates.
 
 Legend: S = rows, V = vocabulary.
 """
@@ -8,25 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-# 52 bits: u * total stays below total after rounding
-_UNIFORM_BITS = 52
+from kernels.counter_random import UNIFORM_BITS
+
 # wide enough that sums over blocks are few, narrow enough that one block is cheap
 _LARGEST_BLOCK = 256
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for the token at a position: SplitMix64 (Steele et al. 2014) keyed by both, as a counter."""
-    word = _mix(_mix(seed & _MASK) ^ ((position * _GOLDEN_GAMMA) & _MASK))
-    return (word >> (64 - _UNIFORM_BITS)) * 2.0**-_UNIFORM_BITS
-
-
-def _mix(word: int) -> int:
-    word = (word + _GOLDEN_GAMMA) & _MASK
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
-    return word ^ (word >> 31)
 
 
 def draw(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:
@@ -51,7 +36,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[1] - 1)
     weight = weights.gather(1, index).double()
     fraction = 1 - (cumulative.gather(1, index) - target) / weight
-    return index[:, 0], fraction[:, 0].clamp_(0, 1 - 2.0**-_UNIFORM_BITS)
+    return index[:, 0], fraction[:, 0].clamp_(0, 1 - 2.0**-UNIFORM_BITS)
 
 
 def row_argmax(logits_SV: Tensor) -> tuple[Tensor, Tensor]:

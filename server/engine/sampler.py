@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import dispatch
+from kernels.counter_random import uniform
+from kernels.sampling_batch import GREEDY_TEMPERATURE, NO_TOKEN
 from server.engine.logit_edits import edit_logits
 from server.engine.logprobs import collect_logprobs
-from server.engine.random_draw import draw, row_argmax, uniform
+from server.engine.random_draw import draw, row_argmax
 from server.engine.step_plan import SampledToken, SamplingRow
 from server.engine.truncation import truncate
 
-# below this a temperature is 0: dividing by it would overflow
-GREEDY_TEMPERATURE = 1e-5
 NOT_FINITE = "the model's logits are not finite numbers, so no token could be chosen"
 
 
@@ -22,30 +23,37 @@ def sample(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> tuple[SampledToken
     Edits (bias, penalties, bars), then temperature, then top-k, top-p and min-p, then the draw; greedy rows take the
     largest edited logit. A row whose logits are not finite gets an error and disturbs no other.
     """
+    chosen = _choose(logits_SV, rows)
+    # the one point where the host waits for the device
+    tokens = [
+        SampledToken(0, error=NOT_FINITE) if token_id == NO_TOKEN else SampledToken(token_id)
+        for token_id in chosen.tolist()
+    ]
+    return _with_logprobs(tokens, logits_SV, chosen, rows)
+
+
+def _choose(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """The token of each row, int64 [S] on the logits' device; NO_TOKEN where the logits are not finite."""
+    if dispatch.runs_triton(logits_SV.device):
+        from server.engine.device_sampling import choose_tokens
+
+        return choose_tokens(logits_SV, rows)
     edited = edit_logits(logits_SV, rows)
     chosen, peaks = row_argmax(edited)
-    is_finite = peaks.isfinite()
     random_rows = [index for index, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE]
     if len(random_rows) == len(rows):
         chosen = _draw_rows(edited, rows)
     elif random_rows:
         chosen[random_rows] = _draw_rows(edited[random_rows], [rows[index] for index in random_rows])
-    # the one point where the host waits for the device
-    drawn = torch.stack((chosen, is_finite.long())).tolist()
-    tokens = [
-        SampledToken(token_id) if finite else SampledToken(0, error=NOT_FINITE)
-        for token_id, finite in zip(*drawn, strict=True)
-    ]
-    return _with_logprobs(tokens, logits_SV, chosen, rows)
+    return torch.where(peaks.isfinite(), chosen, NO_TOKEN)
 
 
 def _draw_rows(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    device = logits_RV.device
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=device)
+    temperatures = torch.tensor([row.params.temperature for row in rows])
     uniforms = [uniform(row.params.seed, row.position) for row in rows]
     probs_RV = (logits_RV / temperatures[:, None]).softmax(dim=-1)
     kept_RV = truncate(probs_RV, [row.params for row in rows])
-    return draw(kept_RV, torch.tensor(uniforms, dtype=torch.float64, device=device))
+    return draw(kept_RV, torch.tensor(uniforms, dtype=torch.float64))
 
 
 def _with_logprobs(

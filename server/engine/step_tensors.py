@@ -10,6 +10,9 @@ from torch import Tensor
 from kernels.paged_batch import AttentionBatch
 from server.engine.step_plan import StepPlan
 
+# what the operands of kernels are made of
+_Array = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float32] | NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class StepTensors:
@@ -49,19 +52,20 @@ def build_step_tensors(plan: StepPlan, sequences: range, block_size: int, device
     sequence_of_token = np.repeat(np.arange(len(query_lens)), query_lens)
     blocks = block_tables[sequence_of_token, positions // block_size].astype(np.int64)
     return StepTensors(
-        token_ids=_copy(plan.token_ids[query_starts[0] : query_starts[-1]], device),
-        positions=_copy(positions, device),
+        token_ids=copy_to_device(plan.token_ids[query_starts[0] : query_starts[-1]], device),
+        positions=copy_to_device(positions, device),
         batch=AttentionBatch(
-            query_starts=_copy(query_starts - query_starts[0], device),
-            context_lens=_copy(context_lens, device),
-            block_tables=_copy(block_tables, device),
-            slot_mapping=_copy(blocks * block_size + positions % block_size, device),
+            query_starts=copy_to_device(query_starts - query_starts[0], device),
+            context_lens=copy_to_device(context_lens, device),
+            block_tables=copy_to_device(block_tables, device),
+            slot_mapping=copy_to_device(blocks * block_size + positions % block_size, device),
             max_query_len=int(query_lens.max()),
             max_context_len=int(context_lens.max()),
         ),
     )
 
 
-def _copy(array: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> Tensor:
+def copy_to_device(array: _Array, device: torch.device) -> Tensor:
+    """The array as a tensor there; from pinned memory, without waiting, on a GPU."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -25,9 +25,9 @@ def truncate(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     floored = [index for index, p in enumerate(params) if p.min_p > 0]
     if not ranked and not floored:
         return probs_SV
-    thresholds = torch.zeros(len(params), device=probs_SV.device)
+    thresholds = torch.zeros(len(params))
     if floored:
-        factors = torch.tensor([params[index].min_p for index in floored], device=probs_SV.device)
+        factors = torch.tensor([params[index].min_p for index in floored])
         thresholds[floored] = factors * probs_SV[floored].amax(dim=-1)
     if ranked:
         ranked_probs = probs_SV if len(ranked) == len(params) else probs_SV[ranked]
@@ -39,11 +39,8 @@ def truncate(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def _rank_thresholds(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """The smallest probability that top-k and top-p keep, float32 [S]."""
     num_rows, vocab_size = probs_SV.shape
-    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], device=probs_SV.device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probs_SV.device)
-    if probs_SV.is_cuda:
-        # a GPU sorts fast, and asking it which rows are done would make the host wait
-        return _thresholds_among(probs_SV.sort(dim=-1, descending=True).values, top_k, top_p).thresholds
+    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params])
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
     thresholds = torch.empty(num_rows)
     left = torch.arange(num_rows)
     for num_candidates in (*(size for size in _CPU_CANDIDATES if size < vocab_size), vocab_size):

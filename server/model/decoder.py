@@ -6,13 +6,13 @@ Legend: T = tokens of the step, S = tokens whose logits are wanted, H = heads, D
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.dispatch import AttentionPlan
 from kernels.paged_batch import AttentionBatch, PagedLayer
-from server.model.layers import Linear, RmsNorm, Rotation, rotation_at
+from kernels.rotary import HeadNorms, Rotation
+from server.model.layers import Linear, RmsNorm, rotation_at
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,17 @@ class Attention:
 
     def __call__(self, x: Tensor, rotation: Rotation, plan: AttentionPlan, kv_layer: PagedLayer) -> Tensor:
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        queries_and_keys, values = heads[:, :num_rotated], heads[:, num_rotated:]
-        if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = heads[:, : self.num_heads], heads[:, self.num_heads : num_rotated]
-            queries_and_keys = torch.cat((self.query_norm(queries), self.key_norm(keys)), dim=1)
-        rotated = rotation(queries_and_keys)
-        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        dispatch.write_kv(keys, values, kv_layer, plan)
+        queries = dispatch.rotate_and_write(heads, rotation, self._head_norms, kv_layer, plan)
         attended = dispatch.attention(
             queries, kv_layer, plan, softmax_scale=self.head_dim**-0.5, sliding_window=self.sliding_window
         )
         return self.output(attended.flatten(1))
+
+    @property
+    def _head_norms(self) -> HeadNorms | None:
+        if self.query_norm is None or self.key_norm is None:
+            return None
+        return HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class Mlp:
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(torch.nn.functional.silu(gate) * up)
+        return self.down(dispatch.silu_gate(self.gate_up(x)))
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,19 @@ class DecoderLayer:
     mlp_norm: RmsNorm
     mlp: Mlp
 
-    def __call__(self, hidden: Tensor, rotation: Rotation, plan: AttentionPlan, kv_layer: PagedLayer) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, plan, kv_layer)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def __call__(
+        self,
+        normed: Tensor,
+        hidden: Tensor,
+        norm_after: RmsNorm,
+        rotation: Rotation,
+        plan: AttentionPlan,
+        kv_layer: PagedLayer,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [T, hidden], and normed, which is hidden after this layer's first norm, to those of the next layer."""
+        attended = self.attention(normed, rotation, plan, kv_layer)
+        normed, hidden = self.mlp_norm.after_adding(attended, hidden)
+        return norm_after.after_adding(self.mlp(normed), hidden)
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,16 @@ class Decoder:
 
         Returns the normalized hidden states [T, hidden] in the model's dtype.
         """
-        hidden = torch.nn.functional.embedding(token_ids, self.embedding)
+        hidden = dispatch.gather_rows(token_ids, self.embedding)
         rotation = rotation_at(positions, self.inverse_frequencies, hidden.dtype)
         windows = {layer.attention.sliding_window for layer in self.layers}
         plan = dispatch.plan_attention(batch, kv_layers[0], windows)
-        for layer, kv_layer in zip(self.layers, kv_layers, strict=True):
-            hidden = layer(hidden, rotation, plan, kv_layer)
-        return self.final_norm(hidden)
+        normed = self.layers[0].attention_norm(hidden)
+        # a norm runs together with the sum before it: each layer is told the norm that follows
+        norms_after = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
+        for layer, norm_after, kv_layer in zip(self.layers, norms_after, kv_layers, strict=True):
+            normed, hidden = layer(normed, hidden, norm_after, rotation, plan, kv_layer)
+        return normed
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """float32 [S, vocab] of hidden states [S, hidden]."""

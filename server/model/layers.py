@@ -1,6 +1,6 @@
 """The decoder's parts: linear layers, norm, rotation. Each holds its frozen tensors; none loads or decides.
 
-Legend: T = tokens of the step, H = heads (query and key), D = head width, K = in features, N = out features.
+Legend: T = tokens of the step, D = head width, K = in features, N = out features.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.layout import PackedWeight
+from kernels.rotary import Rotation
 from server.model.config import RopeConfig
 
 
@@ -63,18 +64,9 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return dispatch.rms_norm(x, self.weight, self.epsilon)
 
-
-@dataclass(frozen=True)
-class Rotation:
-    """A step's rotation: cosines and signed sines [T, 1, D], the sines of the first half negated."""
-
-    cosines: Tensor
-    signed_sines: Tensor
-
-    def __call__(self, heads: Tensor) -> Tensor:
-        """Rotate heads [T, H, D]: element i of a head pairs with element i + D / 2."""
-        swapped = torch.roll(heads, heads.shape[-1] // 2, dims=-1)
-        return torch.addcmul(heads * self.cosines, swapped, self.signed_sines)
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum."""
+        return dispatch.add_rms_norm(x, residual, self.weight, self.epsilon)
 
 
 def rotation_at(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> Rotation:
@@ -82,8 +74,8 @@ def rotation_at(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dty
     angles = positions[:, None].float() * inverse_frequencies
     cosines, sines = angles.cos(), angles.sin()
     return Rotation(
-        cosines=torch.cat((cosines, cosines), dim=-1)[:, None].to(dtype),
-        signed_sines=torch.cat((-sines, sines), dim=-1)[:, None].to(dtype),
+        cosines=torch.cat((cosines, cosines), dim=-1).to(dtype),
+        signed_sines=torch.cat((-sines, sines), dim=-1).to(dtype),
     )
 
 

@@ -1,16 +1,18 @@
 """From a checkpoint directory to a decoder on a device. Strict: nothing missing, nothing left over, nothing guessed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.layout import concatenate_rows
+from kernels.layout import PackedWeight, concatenate_rows
 from kernels.reference import dequantize
 from quant.checkpoint.reader import CheckpointReader
+from quant.checkpoint.stored_module import PackedSpec
 from quant.errors import CheckpointError
 from server.model.config import ModelConfig, read_model_config
 from server.model.decoder import Attention, Decoder, DecoderLayer, Mlp
@@ -48,6 +50,23 @@ class LoadedModel:
     config: ModelConfig
 
 
+class WeightSource(Protocol):
+    """What a model's weights are read from by name: a checkpoint, or whatever else gives them."""
+
+    @property
+    def tensor_names(self) -> Collection[str]: ...
+
+    def read_tensor(self, name: str) -> Tensor: ...
+
+    def is_quantized(self, module_name: str) -> bool: ...
+
+    def packed_spec(self, module_name: str) -> PackedSpec: ...
+
+    def read_packed(self, module_name: str) -> PackedWeight:
+        """The module's weight in ROW_MAJOR."""
+        ...
+
+
 def load_model(
     directory: Path, device: torch.device, dtype: torch.dtype | None, report: Callable[[LoadProgress], None]
 ) -> LoadedModel:
@@ -60,7 +79,18 @@ def load_model(
     reader = CheckpointReader.open(directory)
     config = read_model_config(directory)
     check_tensors(reader, config)
-    source = _Source(reader, device, dtype or _default_dtype(reader, config, device))
+    return build_model(reader, config, device, dtype or _default_dtype(reader, config, device), report)
+
+
+def build_model(
+    weights: WeightSource,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Callable[[LoadProgress], None],
+) -> LoadedModel:
+    """A model of the config on the device, from weights that have all that it needs in the right shapes."""
+    source = _Source(weights, device, dtype)
     embedding = source.read_dense(EMBEDDING)
     layers = []
     for index in range(config.num_layers):
@@ -80,7 +110,7 @@ def load_model(
 class _Source:
     """The checkpoint's tensors, as the device's kernels want them."""
 
-    reader: CheckpointReader
+    reader: WeightSource
     device: torch.device
     dtype: torch.dtype
 

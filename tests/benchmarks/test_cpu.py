@@ -1,6 +1,5 @@
 """The CPU benchmark's pure parts: what the peer is built with, what is counted, and how figures become a report."""
 
-import json
 import re
 from contextlib import ExitStack
 from io import StringIO
@@ -10,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import cpu, llama_cpp_build
-from benchmarks.comparison import Comparison, Spread, render_table, write_json
+from benchmarks.comparison import Comparison, Spread, render_table
 from benchmarks.llama_cpp_build import CompilationMeter, LlamaCppBuild, cmake_options
 from benchmarks.machine import parse_cpuinfo
 from benchmarks.turn import take_turn
@@ -184,18 +183,6 @@ def test_sides_run_in_turn_on_the_same_tokens() -> None:
     assert trials[::2] == trials[1::2]
     assert len(set(trials)) == len(WORKLOADS) * 4
     assert [comparison.ratio.median for comparison in comparisons] == [0.5] * len(WORKLOADS)
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    # given figures of an earlier run
-    path = tmp_path / "figures.json"
-    write_json(path, {"rounds": 5})
-    # when writing new ones fails half-way
-    with pytest.raises(TypeError):
-        write_json(path, {"rounds": 6, "unwritable": object()})
-    # then the earlier ones are there, and nothing else
-    assert json.loads(path.read_text()) == {"rounds": 5}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_place_that_cannot_take_the_json_is_refused_before_anything_runs(

@@ -24,11 +24,12 @@ def planar_on_device(weight: PackedWeight) -> PackedWeight:
 
 @contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
-    """Within, `torch.empty` gives NaN, so that a kernel that leaves or reads an unwritten place is found out."""
+    """Within, `torch.empty` gives NaN or the least integer: a kernel that leaves or reads an unwritten place shows."""
     empty = torch.empty
 
     def empty_with_nan(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return empty(size, dtype=dtype, device=device).fill_(float("nan"))
+        filling = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        return empty(size, dtype=dtype, device=device).fill_(filling)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", empty_with_nan)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu_attention, reference
+from kernels import cpu_attention, reference, reference_fused
 from kernels.paged_batch import PagedLayer
+from kernels.rotary import HeadNorms, Rotation
 from tests.paged_cache import Chunk, build_batch, build_layers
 
 WINDOWS = (None, 1, 5, 1000)
@@ -27,6 +28,25 @@ def test_write_kv_is_the_reference() -> None:
     reference.write_kv(keys, values, theirs, batch.slot_mapping)
 
     assert torch.equal(ours.keys, theirs.keys)
+    assert torch.equal(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize("rotary_width", [8, 4])
+@pytest.mark.parametrize("norms", [None, HeadNorms(torch.full((8,), 0.5), torch.full((8,), 2.0), 1e-5)])
+def test_rotate_and_write_is_the_reference(rotary_width: int, norms: HeadNorms | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (PagedLayer(torch.zeros(4, 3, 5, 8), torch.zeros(4, 3, 5, 8)) for _ in range(2))
+    batch = build_batch([Chunk([3, 0], 4, 2), Chunk([1, 2], 1, 4)], 5)
+    heads = random_heads(6, 12, generator)
+    rotation = Rotation(torch.randn(6, rotary_width, generator=generator), torch.randn(6, rotary_width))
+
+    queries = cpu_attention.rotate_and_write(
+        heads, rotation, norms, ours, cpu_attention.plan_attention(batch, ours, [None])
+    )
+
+    expected = reference_fused.rotate_and_write(heads, rotation, norms, theirs, batch.slot_mapping)
+    torch.testing.assert_close(queries, expected)
+    torch.testing.assert_close(ours.keys, theirs.keys)
     assert torch.equal(ours.values, theirs.values)
 
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.counter_random import uniform
 from server.engine.logit_edits import edit_logits
-from server.engine.random_draw import draw, row_argmax, uniform
+from server.engine.random_draw import draw, row_argmax
 from server.engine.request import SamplingParams
 from server.engine.sampler import NOT_FINITE, sample
 from server.engine.step_plan import SamplingRow

@@ -1,0 +1,58 @@
+"""Phase 6: how long a block of a 7B model takes to quantize on the device, by each method."""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu_phases.bench import Bench, Item
+from benchmarks.gpu_phases.figures import Figure
+from quant.block import BlockPlan
+from quant.block_groups import groups_of
+from quant.block_search import search_block
+from quant.capture import embed
+from quant.input_statistics import Streams
+from quant.method import STEPS, Method
+from quant.model_structure import find_blocks
+from quant.scale_groups import rows_of
+from quant.scale_search import Grouping
+
+PHASE = "quantize"
+TABLE = "Quantizing one block"
+METHODS = (Method.AWQ_GPTQ, Method.AWQ, Method.GPTQ)
+
+
+def plan(bench: Bench) -> Sequence[Item]:
+    return [Item(f"one block by {method}", partial(_quantize, bench, method)) for method in METHODS]
+
+
+def _quantize(bench: Bench, method: Method) -> Iterator[Figure]:
+    """The first block of a model of random weights, on random tokens. The quantizer makes its own tensors where torch
+    makes them unless told otherwise: here that is the device."""
+    shape, (num_rows, row_tokens) = bench.sizes.quantized_model, bench.sizes.quantized_rows
+    with torch.device(bench.device):
+        model = LlamaForCausalLM(LlamaConfig.from_dict({**shape.to_config(row_tokens), "dtype": "float32"}))
+        stack = find_blocks(model)
+        ((name, block),) = stack.blocks.items()
+        groups = groups_of(block, rows_of("llama"), model.config)
+        group_size = 128 if shape.hidden_size % 128 == 0 and shape.intermediate_size % 128 == 0 else 32
+        tokens = torch.randint(shape.vocab_size, (num_rows, row_tokens))
+        inputs = embed(stack, tokens)
+        bench.stopwatch.wait()
+        started = time.perf_counter()
+        outcome = search_block(
+            block, name, 0, Streams(inputs, inputs), BlockPlan(groups, Grouping(4, group_size), STEPS[method])
+        )
+        bench.stopwatch.wait()
+        seconds = time.perf_counter() - started
+    num_weights = sum(weight.shape[0] * weight.shape[1] for weight in outcome.packed.values())
+    values = {
+        "seconds": seconds,
+        "million weights": num_weights / 1e6,
+        "calibration tokens": num_rows * row_tokens,
+        "error, plain rounding": outcome.error.plain,
+        "error now": outcome.error.chosen,
+    }
+    yield Figure(TABLE, f"{method}, {shape.hidden_size} wide", values)

@@ -90,6 +90,7 @@ _DESKTOP_TILES = {
 }
 # groups of less than 128 keep two sums of a tile at once: eight warps where four would spill
 _SMALL_GROUP_TILES = {
+    80: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)},
     90: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)},
     100: {
         32: LinearTile(num_rows=32, num_columns=128, num_warps=8, num_stages=4),

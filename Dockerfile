@@ -2,7 +2,7 @@
 # awq-serve in one image: the server, the quantizer and the demo model.
 #   docker build -t awq-serve .                              for NVIDIA GPUs
 #   docker build -t awq-serve:cpu --build-arg TORCH=cpu .    for CPUs, several gigabytes smaller
-# CUDA comes with torch's own wheels, so both start from plain Python and compile nothing.
+# CUDA comes with torch's own wheels, so both start from plain Python and the build compiles nothing.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -36,9 +36,10 @@ LABEL org.opencontainers.image.title="awq-serve" \
       org.opencontainers.image.description="Quantize language models to 4-bit AWQ and serve them behind an OpenAI-compatible API" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Triton builds a small launcher stub for each kernel when the server starts, and needs a C compiler for it
+# Triton builds a small launcher stub for each kernel when the server starts, and needs a C compiler for it; on a CPU the server
+# compiles its kernels for that CPU at the first start, in C++, and keeps them in /data
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 awq-serve \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data awq-serve \

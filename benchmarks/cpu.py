@@ -21,17 +21,24 @@ from benchmarks.command_line import (
     writable_file,
 )
 from benchmarks.comparison import Comparison, render_table
-from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, size_of
+from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, prepare_q4_0, size_of
 from benchmarks.errors import BenchmarkError
 from benchmarks.json_file import write_json
 from benchmarks.llama_cpp_build import LlamaCppBuild, cmake_options
 from benchmarks.llama_cpp_peer import LlamaCppPeer
 from benchmarks.machine import CPUINFO, Cpu, measure_busy_cores, parse_cpuinfo, usable_cores
 from benchmarks.own_engine import OwnEngine
+from benchmarks.own_server import OwnServer
 from benchmarks.turn import take_turn
 from benchmarks.workload import WORKLOADS, Side, Workload
 
 DEFAULT_ROUNDS = 5
+# our speed over the peer's, by the names under which the JSON has the medians
+HEADLINES = {
+    "prefill_ratio": Workload(prompt_tokens=512),
+    "decode_ratio": Workload(prompt_tokens=128, decode_tokens=64),
+    "concurrent8_ratio": Workload(prompt_tokens=128, decode_tokens=64, num_sequences=8, over_http=True),
+}
 CAVEAT = (
     "Medians and (lowest..highest) of the rounds; above a ratio of 1, awq-serve is faster. How fast the memory is, "
     "which decides about decoding, is not measured: compare ratios, and tokens per second only within a run."
@@ -83,8 +90,12 @@ class Report:
             "awq_serve_dtype": self.our_dtype,
             "model_bytes": dict(self.model_bytes),
             "busy_cores_before_and_after": self.busy_cores,
+            **{key: self._median_ratio(workload) for key, workload in HEADLINES.items()},
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
         }
+
+    def _median_ratio(self, workload: Workload) -> float:
+        return next(comparison.ratio.median for comparison in self.comparisons if comparison.workload == workload)
 
     def print_to(self, console: Console) -> None:
         console.print(render_table(self.comparisons, title="SmolLM2-135M-Instruct, awq-serve beside llama.cpp"))
@@ -142,28 +153,34 @@ def run(options: Options) -> Report:
     if not build.environment.is_ready:
         build.make(announce)
     checkpoint = prepare_checkpoint(gguf, CACHE / "models", announce)
+    q4_0 = prepare_q4_0(build.environment.python, gguf, CACHE / "models", announce)
     announce("loading both sides")
     own = OwnEngine(checkpoint, options.threads)
-    with LlamaCppPeer(build.environment.python, gguf, options.threads) as peer:
+    with (
+        LlamaCppPeer(build.environment.python, q4_0, options.threads) as peer,
+        OwnServer(checkpoint, options.threads) as server,
+    ):
         busy_before = measure_busy_cores()
-        comparisons = compare(own, peer, options.rounds, announce)
+        comparisons = compare(lambda workload: server if workload.over_http else own, peer, options.rounds, announce)
         busy_after = measure_busy_cores()
         return Report(
             cpu=cpu,
             options=options,
             llama_cpp_system=peer.system,
             our_dtype=own.model.dtype,
-            model_bytes={"AWQ checkpoint": size_of(checkpoint), "GGUF Q4_1": size_of(gguf)},
+            model_bytes={"AWQ checkpoint": size_of(checkpoint), "GGUF Q4_0": size_of(q4_0)},
             busy_cores=(busy_before, busy_after),
             comparisons=comparisons,
         )
 
 
-def compare(own: Side, peer: Side, rounds: int, say: Callable[[str], None]) -> tuple[Comparison, ...]:
+def compare(
+    own_side: Callable[[Workload], Side], peer: Side, rounds: int, say: Callable[[str], None]
+) -> tuple[Comparison, ...]:
     """Run both sides in turn, never together: each workload once untimed, then once a round."""
     say("warming both sides")
     for workload in WORKLOADS:
-        for side in (own, peer):
+        for side in (own_side(workload), peer):
             side.run(workload.draw("warm-up"))
     seconds: dict[Workload, list[tuple[float, float]]] = {workload: [] for workload in WORKLOADS}
     start = time.monotonic()
@@ -172,7 +189,7 @@ def compare(own: Side, peer: Side, rounds: int, say: Callable[[str], None]) -> t
         say(f"round {index + 1} of {rounds}{left}")
         for workload in WORKLOADS:
             trial = workload.draw(f"round {index}")
-            seconds[workload].append((own.run(trial), peer.run(trial)))
+            seconds[workload].append((own_side(workload).run(trial), peer.run(trial)))
     return tuple(
         Comparison(workload, tuple(ours for ours, _ in pairs), tuple(theirs for _, theirs in pairs))
         for workload, pairs in seconds.items()

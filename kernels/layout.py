@@ -57,6 +57,11 @@ class WeightLayout(Enum):
     instruction set, so never stored. scales bf16 [G, N', 2] holds (scale, (8 - zero) * scale), as the op computes
     W = (code - 8) * scale + offset; zeros is the view of its offsets. N' is N padded to a multiple of 64 with zeros."""
 
+    TILES = "tiles"
+    """What the native CPU kernels read: tiles of 16 outputs, codes uint8 [tiles, K * 16 * bits / 8], in steps of 64
+    bytes, 4 an output: of 8 bits the codes of 4 inputs, of 3 or 4 bits inputs 0 to 3 of 8 in the low nibbles and 4 to
+    7 in the high ones. scales float16 or float32 [tiles, G, 16], zeros uint8 of that shape; padding outputs are 0."""
+
 
 @dataclass(frozen=True)
 class PackedWeight:

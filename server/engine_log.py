@@ -11,8 +11,8 @@ class EngineLog:
     def spawned(self, process_id: int) -> None:
         log.info("engine started", pid=process_id)
 
-    def became_ready(self, process_id: int) -> None:
-        log.info("engine ready", pid=process_id)
+    def became_ready(self, process_id: int, kernels: str) -> None:
+        log.info("engine ready", pid=process_id, kernels=kernels)
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
         if is_alive:

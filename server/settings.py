@@ -17,7 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from server.engine.config import Device, DType, EngineConfig, GenerationConfig
+from server.engine.config import CpuKernel, Device, DType, EngineConfig, GenerationConfig
 
 ENVIRONMENT_PREFIX = "AWQ_SERVE_"
 # names the settings file itself, so it cannot be in one
@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     ] = 0.9
     max_waiting: Annotated[int, Field(ge=0, description="requests that may wait; the next one is answered 429")] = 256
     num_threads: Annotated[int | None, Field(ge=1, description="threads of the engine on a CPU")] = None
+    cpu_kernel: Annotated[
+        CpuKernel, Field(description="on a CPU: native (compiled at first use), torch, or auto: native where it can be")
+    ] = "auto"
     generation_config: Annotated[
         GenerationConfig, Field(description="auto: sample as the model's generation_config.json says; off: plainly")
     ] = "auto"
@@ -177,6 +180,7 @@ class Settings(BaseSettings):
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_waiting=self.max_waiting,
             num_threads=self.num_threads,
+            cpu_kernel=self.cpu_kernel,
             generation_config=self.generation_config,
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,

@@ -11,6 +11,7 @@ from benchmarks.gpu_phases.sizes import HeadShape
 from benchmarks.gpu_phases.stopwatch import Call
 from kernels import dispatch
 from kernels.paged_batch import PagedLayer
+from server.model.decoder import Decoder
 from server.model.loader import LoadedModel
 
 
@@ -25,7 +26,10 @@ class DecodeStep:
         self, bench: Bench, model: LoadedModel, num_streams: int, context_len: int, max_steps: int, block_size: int
     ) -> None:
         config = model.config
-        self._model = model
+        # the only other one is for CPUs
+        assert isinstance(model.decoder, Decoder)
+        self._decoder = model.decoder
+        self._head_dim = config.head_dim
         self._block_size = block_size
         heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
         # planned as if max_steps were in the cache: that is how many blocks there are, and what sizes the launches
@@ -45,7 +49,7 @@ class DecodeStep:
         self._queries = random_rows(bench, (num_streams, heads.num_heads, heads.width), dtype, seed=3)
 
     def run(self) -> None:
-        decoder = self._model.decoder
+        decoder = self._decoder
         hidden = decoder.forward(self.token_ids, self.positions, self.batch, self.kv_layers)
         self.token_ids.copy_(decoder.compute_logits(hidden).argmax(dim=-1))
         self.positions.add_(1)
@@ -60,7 +64,7 @@ class DecodeStep:
         """The linears of all blocks, each once, on rows of their width."""
         return [
             partial(linear, rows)
-            for layer in self._model.decoder.layers
+            for layer in self._decoder.layers
             for linear, rows in (
                 (layer.attention.qkv, self._rows),
                 (layer.attention.output, self._rows),
@@ -72,10 +76,10 @@ class DecodeStep:
     def attention_calls(self) -> Sequence[Call]:
         """The attention of all blocks, each once, over as much as the sequences hold now."""
         plan = dispatch.plan_attention(self.batch, self.kv_layers[0], {None})
-        scale = self._model.config.head_dim**-0.5
+        scale = self._head_dim**-0.5
         return [
             partial(dispatch.attention, self._queries, layer, plan, softmax_scale=scale) for layer in self.kv_layers
         ]
 
     def head_calls(self) -> Sequence[Call]:
-        return [partial(self._model.decoder.compute_logits, self._rows)]
+        return [partial(self._decoder.compute_logits, self._rows)]

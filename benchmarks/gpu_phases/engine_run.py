@@ -8,6 +8,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.gpu_phases.bench import Bench
 from server.engine.assembly import wire_engine
 from server.engine.config import EngineConfig
+from server.engine.kernel_choice import KernelChoice
 from server.engine.kv_cache import KvGeometry, choose_size
 from server.engine.request import EngineNews, GenerationRequest, SamplingDefaults, SamplingParams
 from server.model.loader import LoadedModel
@@ -53,7 +54,9 @@ class EngineRun:
             max_num_seqs=max_streams,
             kv_cache_bytes=max_streams * (max_tokens + SPARE_TOKENS) * config.num_layers * kv_width,
         )
-        self._loop, _ = wire_engine(settings, model, bench.device, SamplingDefaults(), self._count)
+        self._loop, _ = wire_engine(
+            settings, model, bench.device, KernelChoice(None, "triton"), SamplingDefaults(), self._count
+        )
         self._vocab_size, self._max_tokens = config.vocab_size, max_tokens
         self._num_tokens: dict[str, int] = {}
         self._num_runs = 0

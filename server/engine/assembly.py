@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from kernels import dispatch
+from kernels.native_cpu import KV_DTYPE
 from quant.errors import QuantError
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
+from server.engine.kernel_choice import KernelChoice, choose_kernels
 from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_size
 from server.engine.loop import EngineLoop, Publish
 from server.engine.model_runner import ModelRunner
@@ -24,6 +27,8 @@ _GPU_STEP_TOKENS = 2048
 # a running request waits for it once a step. The demo model on two cores that others use too: 256 tokens take 2 s,
 # 512 take 5 s, 2047 take 30 s one token 0.1 s, so short ones lose no time; alone 0.9, 1.4, 10 and 0.04 s
 _CPU_PREFILL_CHUNK = 256
+# the native kernels take 512 tokens in 0.2 s there, and a prompt of so many takes a fifteenth less in one go
+_NATIVE_PREFILL_CHUNK = 512
 
 # what assemble_engine raises when settings, machine or checkpoint are at fault: a sentence, not a defect of ours
 SETUP_ERRORS = (EngineSetupError, QuantError, ValueError, OSError)
@@ -38,17 +43,15 @@ def resolve_device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def choose_limits(config: EngineConfig, device: torch.device) -> SchedulerLimits:
+def choose_limits(config: EngineConfig, device: torch.device, cpu_chunk: int = _CPU_PREFILL_CHUNK) -> SchedulerLimits:
     """What one step may hold. Raises EngineSetupError when the settings contradict each other.
 
     On a CPU, and wherever a request must get the tokens that it gets alone, a prompt is cut at fixed places: the sums
     of its linears come out differently by a last bit for another number of rows.
     """
     is_cpu = device.type == "cpu"
-    num_tokens = config.max_num_batched_tokens or (
-        _CPU_PREFILL_CHUNK + config.max_num_seqs if is_cpu else _GPU_STEP_TOKENS
-    )
-    chunk = min(_CPU_PREFILL_CHUNK, num_tokens - config.max_num_seqs + 1)
+    num_tokens = config.max_num_batched_tokens or (cpu_chunk + config.max_num_seqs if is_cpu else _GPU_STEP_TOKENS)
+    chunk = min(cpu_chunk, num_tokens - config.max_num_seqs + 1)
     return SchedulerLimits(
         config.max_num_seqs,
         num_tokens,
@@ -69,20 +72,24 @@ def assemble_engine(
     _set_threads(config.num_threads)
     directory = Path(config.model_path)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    _check_model(config, read_model_config(directory), dtype, device)
+    kernels = _check_and_choose_kernels(config, read_model_config(directory), dtype, device)
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
-    return wire_engine(config, load_model(directory, device, dtype, report), device, sampling_defaults, publish)
+    model = load_model(directory, device, dtype, report, kernels.native)
+    return wire_engine(config, model, device, kernels, sampling_defaults, publish)
 
 
 def wire_engine(
     config: EngineConfig,
     model: LoadedModel,
     device: torch.device,
+    kernels: KernelChoice,
     sampling_defaults: SamplingDefaults,
     publish: Publish,
 ) -> tuple[EngineLoop, ModelInfo]:
     """The engine around a model that is on the device. Raises EngineSetupError when no cache of the settings fits."""
-    geometry = _geometry(model.config, model.decoder.embedding.dtype)
+    # the dtype that it computes in
+    dtype = model.config.dtype or model.decoder.embedding.dtype
+    geometry = _geometry(model.config, dtype, is_native=kernels.native is not None)
     size = choose_size(config, geometry, device)
     info = ModelInfo(
         model_path=config.model_path,
@@ -90,13 +97,18 @@ def wire_engine(
         vocab_size=model.config.vocab_size,
         eos_token_ids=model.config.eos_token_ids,
         device=str(device),
-        dtype=str(geometry.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         num_blocks=size.num_blocks,
         block_size=size.block_size,
         sampling_defaults=sampling_defaults,
+        kernels=kernels.description,
     )
-    scheduler = Scheduler(choose_limits(config, device), BlockPool(size.num_blocks, size.block_size))
-    is_isolated = device.type == "cpu" or config.deterministic
+    limits = choose_limits(config, device)
+    if kernels.native is not None:
+        # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
+        limits = replace(choose_limits(config, device, _NATIVE_PREFILL_CHUNK), deterministic=False)
+    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
+    is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
     runner = ModelRunner(
         model.decoder,
         allocate_layers(size, geometry, device),
@@ -115,21 +127,36 @@ def _set_threads(num_threads: int | None) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _check_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Raise EngineSetupError for settings that the model's config contradicts."""
+def _check_and_choose_kernels(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype | None, device: torch.device
+) -> KernelChoice:
+    """Raise EngineSetupError for settings that the model's config contradicts, before anything is compiled or read."""
     check_context_len(config, model.max_position_embeddings)
-    if dtype is None:
-        # as load_model chooses; None where the weights themselves decide
-        dtype = torch.float32 if device.type == "cpu" else model.dtype
+    # as load_model chooses; None where the weights themselves decide
+    expected_dtype = dtype or (torch.float32 if device.type == "cpu" else model.dtype)
+    # with native kernels a cache takes least: what is too little then always is
+    _check_cache_size(config, model, expected_dtype, device, is_native=device.type == "cpu")
+    kernels = choose_kernels(config, device, Path(config.model_path))
+    _check_cache_size(config, model, expected_dtype, device, is_native=kernels.native is not None)
+    if kernels.native is not None:
+        # what is left to torch is small, and threads of its own would fight for the cores: 4 ms for a maximum
+        torch.set_num_threads(1)
+    return kernels
+
+
+def _check_cache_size(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype | None, device: torch.device, *, is_native: bool
+) -> None:
     if config.kv_cache_bytes is not None and dtype is not None:
-        choose_size(config, _geometry(model, dtype), device)
+        choose_size(config, _geometry(model, dtype, is_native=is_native), device)
 
 
-def _geometry(model: ModelConfig, dtype: torch.dtype) -> KvGeometry:
+def _geometry(model: ModelConfig, dtype: torch.dtype, *, is_native: bool) -> KvGeometry:
     return KvGeometry(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        dtype=dtype,
+        dtype=KV_DTYPE if is_native else dtype,
         max_model_len=model.max_position_embeddings,
+        native=is_native,
     )

@@ -6,6 +6,7 @@ from typing import Literal
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 GenerationConfig = Literal["auto", "off"]
+CpuKernel = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class EngineConfig:
     max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for. None: by
     device, see server/engine/assembly.py.
     num_threads None: as many as torch takes.
+    cpu_kernel auto: the native kernels where there is a compiler for them and they can compute the model, else torch's.
     prefix_caching: prompts that begin alike are computed once. deterministic: a request's tokens are bit for bit those
     that it gets alone, whatever is cached, preempted or computed beside it.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
@@ -35,6 +37,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_waiting: int = 256
     num_threads: int | None = None
+    cpu_kernel: CpuKernel = "auto"
     generation_config: GenerationConfig = "auto"
     prefix_caching: bool = True
     deterministic: bool = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.native_cpu import allocate_native_layer
 from kernels.paged_batch import PagedLayer
 from server.engine import host_memory
 from server.engine.config import EngineConfig
@@ -20,13 +21,17 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """What of the model decides the size of its cache. max_model_len: the longest context it was trained for."""
+    """What of the model decides the size of its cache. max_model_len: the longest context it was trained for.
+
+    native: for the native CPU kernels, which have keys in an order of their own.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     max_model_len: int
+    native: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -86,6 +91,8 @@ def allocate_layers(size: KvCacheSize, geometry: KvGeometry, device: torch.devic
     allocate = torch.empty if device.type == "cpu" else torch.zeros
     shape = (size.num_blocks, geometry.num_kv_heads, size.block_size, geometry.head_dim)
     try:
+        if geometry.native:
+            return tuple(allocate_native_layer(*shape) for _ in range(geometry.num_layers))
         return tuple(
             PagedLayer(
                 allocate(shape, dtype=geometry.dtype, device=device),

@@ -8,7 +8,7 @@ class LifeListener(Protocol):
 
     def spawned(self, process_id: int) -> None: ...
 
-    def became_ready(self, process_id: int) -> None: ...
+    def became_ready(self, process_id: int, kernels: str) -> None: ...
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
         """Its heartbeat stays away, or is back."""
@@ -29,7 +29,7 @@ class NoListener:
     def spawned(self, process_id: int) -> None:
         pass
 
-    def became_ready(self, process_id: int) -> None:
+    def became_ready(self, process_id: int, kernels: str) -> None:
         pass
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:

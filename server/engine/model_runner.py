@@ -10,6 +10,7 @@ from server.engine.sampler import sample
 from server.engine.step_plan import PromptLogprobRows, SampledToken, StepPlan, StepResult
 from server.engine.step_tensors import build_step_tensors, group_sequences
 from server.model.decoder import Decoder
+from server.model.native_decoder import NativeDecoder
 
 # prompt tokens scored at once: a whole prompt times the vocabulary would not fit beside the model
 _SCORED_ROWS = 64
@@ -19,7 +20,10 @@ class ModelRunner:
     """The StepRunner that runs a real model."""
 
     def __init__(
-        self, decoder: Decoder, kv_layers: tuple[PagedLayer, ...], max_rows_together: int | None = None
+        self,
+        decoder: Decoder | NativeDecoder,
+        kv_layers: tuple[PagedLayer, ...],
+        max_rows_together: int | None = None,
     ) -> None:
         """max_rows_together: sequences of few tokens are computed in runs of so many, longer ones alone; None: all."""
         self._max_rows_together = max_rows_together
@@ -31,7 +35,8 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's tokens and draw one token for each of its sampling rows."""
         runs = group_sequences(plan, self._max_rows_together)
-        hidden = torch.cat([self._compute(plan, sequences) for sequences in runs])
+        parts = [self._compute(plan, sequences) for sequences in runs]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         tokens: tuple[SampledToken, ...] = ()
         # a step may hold nothing but the first part of a prompt
         if plan.sampling_rows:

@@ -90,7 +90,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the API must know of the loaded model."""
+    """What the API must know of the loaded model. kernels: which ones compute it, for the log."""
 
     model_path: str
     max_model_len: int
@@ -101,6 +101,7 @@ class ModelInfo:
     num_blocks: int
     block_size: int
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    kernels: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.layout import PackedWeight, concatenate_rows
+from kernels.native_cpu import NativeCpu
 from kernels.reference import dequantize
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.stored_module import PackedSpec
@@ -32,6 +33,8 @@ from server.model.layers import (
     RmsNorm,
     inverse_frequencies,
 )
+from server.model.native_decoder import NativeDecoder
+from server.model.native_loader import load_native_decoder
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,13 @@ class LoadProgress:
 class LoadedModel:
     """config.dtype is the dtype that the decoder computes in."""
 
-    decoder: Decoder
+    decoder: Decoder | NativeDecoder
     config: ModelConfig
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its caches are those of `kernels.native_cpu.allocate_native_layer`."""
+        return isinstance(self.decoder, NativeDecoder)
 
 
 class WeightSource(Protocol):
@@ -68,9 +76,15 @@ class WeightSource(Protocol):
 
 
 def load_model(
-    directory: Path, device: torch.device, dtype: torch.dtype | None, report: Callable[[LoadProgress], None]
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    report: Callable[[LoadProgress], None],
+    native: NativeCpu | None = None,
 ) -> LoadedModel:
     """Load a checkpoint, quantized or not. dtype None means float32 on a CPU, the checkpoint's own on a GPU.
+
+    native: what computes it in float32 on a CPU, for a model to which `find_native_obstacle` finds none.
 
     Raises CheckpointError, before anything is loaded, when the directory is no checkpoint of a known architecture or
     a tensor is missing, left over, or of the wrong shape or dtype; ValueError for a device without kernels.
@@ -79,6 +93,11 @@ def load_model(
     reader = CheckpointReader.open(directory)
     config = read_model_config(directory)
     check_tensors(reader, config)
+    if native is not None:
+        native_decoder = load_native_decoder(
+            reader, config, native, lambda num_loaded: report(LoadProgress(num_loaded, config.num_layers))
+        )
+        return LoadedModel(native_decoder, replace(config, dtype=torch.float32))
     return build_model(reader, config, device, dtype or _default_dtype(reader, config, device), report)
 
 

@@ -176,7 +176,7 @@ def test_sides_run_in_turn_on_the_same_tokens() -> None:
     calls: list[tuple[str, Trial]] = []
     own, peer = FakeSide("own", 2.0, calls), FakeSide("peer", 1.0, calls)
     # when they are compared
-    comparisons = cpu.compare(own, peer, 3, lambda line: None)
+    comparisons = cpu.compare(lambda workload: own, peer, 3, lambda line: None)
     # then each ran every workload once untimed and once a round, one after the other, on the same prompts
     assert [name for name, _ in calls] == ["own", "peer"] * len(WORKLOADS) * 4
     trials = [trial for _, trial in calls]

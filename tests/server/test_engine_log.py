@@ -11,7 +11,7 @@ def test_each_event_is_one_line_with_its_numbers() -> None:
     log = EngineLog()
     with capture_logs() as lines:
         log.spawned(12)
-        log.became_ready(12)
+        log.became_ready(12, "native, amx")
         log.pulse_changed(12, is_alive=False)
         log.pulse_changed(12, is_alive=True)
         log.ended(12, "it was killed", 3)
@@ -19,7 +19,7 @@ def test_each_event_is_one_line_with_its_numbers() -> None:
         log.given_up("it was restarted too often")
     assert lines == [
         {"event": "engine started", "log_level": "info", "pid": 12},
-        {"event": "engine ready", "log_level": "info", "pid": 12},
+        {"event": "engine ready", "log_level": "info", "pid": 12, "kernels": "native, amx"},
         {"event": "engine gives no sign of life", "log_level": "warning", "pid": 12},
         {"event": "engine answers again", "log_level": "info", "pid": 12},
         {"event": "engine ended", "log_level": "error", "pid": 12, "reason": "it was killed", "lost_requests": 3},

@@ -10,7 +10,7 @@ class RecordingListener:
     def spawned(self, process_id: int) -> None:
         self.events.append(("spawned", process_id))
 
-    def became_ready(self, process_id: int) -> None:
+    def became_ready(self, process_id: int, kernels: str) -> None:
         self.events.append(("ready", process_id))
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:

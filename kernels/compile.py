@@ -49,6 +49,7 @@ def compile_variant(variant: Variant) -> MachineCode:
             "num_warps": variant.num_warps,
             "num_stages": variant.num_stages,
             "enable_fp_fusion": FUSE_FLOATS,
+            "maxnreg": variant.max_registers,
         },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:

@@ -144,14 +144,9 @@ def _attention_variant(
     own_arguments: Arguments,
     own_constants: Constants,
 ) -> Variant:
-    scales = {} if use.codes is None else {"key_scales_ptr": "*fp32:16", "value_scales_ptr": "*fp32:16"}
-    no_scales = {"key_scales_ptr": None, "value_scales_ptr": None} if use.codes is None else {}
-    cached = f"*{use.dtype}:16" if use.codes is None else "*i16:16"
     arguments = {
         "query_ptr": f"*{use.dtype}:16",
-        "keys_ptr": cached,
-        "values_ptr": cached,
-        **scales,
+        **_cache_arguments(f"*{use.dtype}:16" if use.codes is None else "*i16:16", use.codes),
         "query_starts_ptr": "*i32:16",
         "context_lens_ptr": "*i32:16",
         "tables_ptr": "*i32:16",
@@ -164,7 +159,7 @@ def _attention_variant(
         **own_arguments,
     }
     constants: Constants = {
-        **no_scales,
+        **_cache_constants(use.codes),
         **({} if use.is_capped else {"soft_cap": None}),
         "GROUP": shape.group,
         "BLOCK_SIZE": shape.block_size,
@@ -186,12 +181,7 @@ def _attention_variant(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         max_registers=tile.max_registers,
-        loop=LoopRules(
-            f"{COUNTED_KEYS} keys",
-            units=tile.num_keys / COUNTED_KEYS * (COUNTED_WARPS / tile.num_warps),
-            warp_products=kernel == "decode_kernel",
-            has_edges=True,
-        ),
+        loop=_loop_rules(tile, warp_products=kernel == "decode_kernel"),
     )
 
 
@@ -221,20 +211,16 @@ def _write_variant(arch: int, use: Use, shape: HeadShape) -> Variant:
     new = f"*{use.dtype}:16"
     # every architecture encodes e4m3 alike
     codes = "fp8" if use.codes == "fp8_native" else use.codes
-    cached = new if codes is None else "*u8:16"
-    scales = {} if codes is None else {"key_scales_ptr": "*fp32:16", "value_scales_ptr": "*fp32:16"}
     arguments = {
         "new_keys_ptr": new,
         "new_values_ptr": new,
-        "keys_ptr": cached,
-        "values_ptr": cached,
-        **scales,
+        **_cache_arguments(new if codes is None else "*u8:16", codes),
         "slots_ptr": "*i64:16",
         "key_stride": "i32:16",
         "value_stride": "i32:16",
     }
     constants: Constants = {
-        **({"key_scales_ptr": None, "value_scales_ptr": None} if codes is None else {}),
+        **_cache_constants(codes),
         "NUM_HEADS": WRITTEN_HEADS,
         "BLOCK_SIZE": shape.block_size,
         "HEAD_WIDTH": shape.width,
@@ -244,6 +230,20 @@ def _write_variant(arch: int, use: Use, shape: HeadShape) -> Variant:
     }
     label = f"{Use(use.dtype, codes).label} D{shape.width} block {shape.block_size}"
     return plain_variant("write_kv_kernel", arch, label, arguments, constants, COPY_WARPS)
+
+
+def _loop_rules(tile: AttentionTile, *, warp_products: bool) -> LoopRules:
+    units = tile.num_keys / COUNTED_KEYS * (COUNTED_WARPS / tile.num_warps)
+    return LoopRules(f"{COUNTED_KEYS} keys", units=units, warp_products=warp_products, has_edges=True)
+
+
+def _cache_arguments(cached: str, codes: Codes | None) -> Arguments:
+    scales = {} if codes is None else {"key_scales_ptr": "*fp32:16", "value_scales_ptr": "*fp32:16"}
+    return {"keys_ptr": cached, "values_ptr": cached, **scales}
+
+
+def _cache_constants(codes: Codes | None) -> Constants:
+    return {"key_scales_ptr": None, "value_scales_ptr": None} if codes is None else {}
 
 
 def _fp8(arch: int) -> Codes:

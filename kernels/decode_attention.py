@@ -203,6 +203,12 @@ def decode(operands: AttentionOperands, out: Tensor) -> None:
         maxnreg=tile.max_registers,
         enable_fp_fusion=FUSE_FLOATS,
     )
+    _merge(operands, totals, stats, out)
+
+
+def _merge(operands: AttentionOperands, totals: Tensor, stats: Tensor, out: Tensor) -> None:
+    batch = operands.batch
+    num_sequences, num_heads, num_spans, width = totals.shape
     merge_kernel[(num_heads, num_sequences)](
         totals,
         stats,

@@ -54,6 +54,7 @@ def compile_kernel(kernel: JITFunction, variant: Variant) -> MachineCode:
             "num_warps": variant.num_warps,
             "num_stages": variant.num_stages,
             "enable_fp_fusion": FUSE_FLOATS,
+            "maxnreg": variant.max_registers,
         },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:

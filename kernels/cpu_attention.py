@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels import kv_codes
 from kernels.cpu import rms_norm
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from kernels.rotary import HeadNorms, Rotation
@@ -49,9 +50,21 @@ def plan_attention(batch: AttentionBatch, layer: PagedLayer, windows: Iterable[i
 
 
 def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, plan: CpuAttentionPlan) -> None:
-    """Write the step's keys and values [T, H_kv, D] into the cache."""
-    for cache, new in ((layer.keys, keys), (layer.values, values)):
-        cache.view(-1, cache.shape[-1]).index_copy_(0, plan.write_rows, new.to(cache.dtype).flatten(0, 1))
+    """Write the step's keys and values [T, H_kv, D] into the cache, as codes where it holds codes."""
+    rows, width = plan.write_rows, keys.shape[-1]
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    if layer.key_scales is None or layer.value_scales is None:
+        for cache, new in ((layer.keys, keys), (layer.values, values)):
+            cache.view(-1, width).index_copy_(0, rows, new.to(cache.dtype))
+        return
+    key_codes, key_scales = kv_codes.encode(keys, layer.keys.dtype)
+    value_codes, value_scales = kv_codes.encode(values, layer.values.dtype)
+    # bytes: torch indexes no 8-bit floats
+    layer.keys.view(torch.uint8).view(-1, width).index_copy_(0, rows, key_codes.view(torch.uint8))
+    pairs = layer.values.view(torch.uint8).view(-1, width, 2)
+    pairs[rows // 2, :, rows % 2] = value_codes.view(torch.uint8)
+    layer.key_scales.view(-1).index_copy_(0, rows, key_scales)
+    layer.value_scales.view(-1).index_copy_(0, rows, value_scales)
 
 
 def rotate_and_write(
@@ -94,6 +107,8 @@ def paged_attention(
     *,
     softmax_scale: float,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of query [T, H, D] over each sequence's blocks; [T, H, D]. See `kernels.reference`.
 
@@ -101,30 +116,71 @@ def paged_attention(
     the longest of the step would let the step's other sequences turn its last bits.
     """
     output = torch.empty(query.shape, dtype=query.dtype)
-    num_kv_heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
+    num_kv_heads = layer.keys.shape[1]
     for part in plan.parts[sliding_window]:
         keys, values = (
-            cache.view(-1, head_dim).index_select(0, part.key_rows).view(1, num_kv_heads, -1, head_dim)
-            for cache in (layer.keys, layer.values)
+            vectors.view(num_kv_heads, -1, query.shape[-1]) for vectors in _gather(layer, part.key_rows, query.dtype)
         )
         queries = query[part.start : part.stop]
-        if part.visible is None:
+        if soft_cap is not None or sinks is not None:
+            attended = _attend_plainly(queries, keys, values, part.visible, softmax_scale, soft_cap, sinks)
+        elif part.visible is None:
             # the query heads of a key head take the place of queries of that head: no key is repeated
             attended = torch.nn.functional.scaled_dot_product_attention(
-                queries.view(1, num_kv_heads, -1, head_dim), keys, values, scale=softmax_scale
-            )
-            output[part.start : part.stop] = attended.view(queries.shape)
+                queries.view(1, num_kv_heads, -1, query.shape[-1]), keys[None], values[None], scale=softmax_scale
+            ).view(queries.shape)
         else:
             attended = torch.nn.functional.scaled_dot_product_attention(
                 queries.transpose(0, 1)[None],
-                keys,
-                values,
+                keys[None],
+                values[None],
                 attn_mask=part.visible,
                 scale=softmax_scale,
                 enable_gqa=True,
-            )
-            output[part.start : part.stop] = attended[0].transpose(0, 1)
+            )[0].transpose(0, 1)
+        output[part.start : part.stop] = attended
     return output
+
+
+def _gather(layer: PagedLayer, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [H_kv * L, D] of these rows, in `dtype`."""
+    width = layer.keys.shape[-1]
+    if layer.key_scales is None or layer.value_scales is None:
+        keys, values = (cache.view(-1, width).index_select(0, rows).to(dtype) for cache in (layer.keys, layer.values))
+        return keys, values
+    key_codes = layer.keys.view(torch.uint8).view(-1, width).index_select(0, rows)
+    value_codes = layer.values.view(torch.uint8).view(-1, width, 2)[rows // 2, :, rows % 2]
+    keys, values = (
+        kv_codes.decode(codes.view(layer.keys.dtype), scales.view(-1).index_select(0, rows)).to(dtype)
+        for codes, scales in ((key_codes, layer.key_scales), (value_codes, layer.value_scales))
+    )
+    return keys, values
+
+
+def _attend_plainly(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    softmax_scale: float,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What torch's own attention lacks, in float32: queries [t, H, D] over keys [H_kv, L, D], to [t, H, D]."""
+    num_tokens, num_heads, width = queries.shape
+    num_kv_heads = len(keys)
+    grouped = queries.float().view(num_tokens, num_kv_heads, -1, width).permute(1, 2, 0, 3)
+    logits = grouped @ keys.float()[:, None].transpose(-1, -2) * softmax_scale
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink_logits = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_tokens, 1)
+        logits = torch.cat((logits, sink_logits), dim=-1)
+    weights = logits.softmax(dim=-1)[..., : keys.shape[1]]
+    attended = weights @ values.float()[:, None]
+    return attended.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, width).to(queries.dtype)
 
 
 def _plan_parts(batch: AttentionBatch, layer: PagedLayer, window: int) -> Iterator[AttentionPart]:

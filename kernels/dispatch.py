@@ -146,13 +146,37 @@ def rotate_and_write(
 
 
 def attention(
-    query: Tensor, layer: PagedLayer, plan: AttentionPlan, *, softmax_scale: float, sliding_window: int | None = None
+    query: Tensor,
+    layer: PagedLayer,
+    plan: AttentionPlan,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of query [T, H, D] over each sequence's cached blocks: [T, H, D] in the query's dtype."""
+    """Causal attention of query [T, H, D] over each sequence's cached blocks: [T, H, D] in the query's dtype.
+
+    The settings as in `kernels.reference.paged_attention`.
+    """
     if isinstance(plan, CpuAttentionPlan):
         return cpu_attention.paged_attention(
-            query, layer, plan, softmax_scale=softmax_scale, sliding_window=sliding_window
+            query,
+            layer,
+            plan,
+            softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
     from kernels.paged_attention import paged_attention
 
-    return paged_attention(query, layer, plan, softmax_scale=softmax_scale, sliding_window=sliding_window)
+    return paged_attention(
+        query,
+        layer,
+        plan,
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )

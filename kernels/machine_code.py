@@ -1,9 +1,11 @@
 """Reads the machine code of a compiled kernel: what it asks of the GPU, its inner loop, and the faults in both.
 
-The inner loop is the longest of the innermost loops that hold tensor-core instructions: from the label that a backward
-branch jumps to, up to that branch. Its length is counted in instructions of one lane, whatever they are (a NOP takes
-an issue slot too), and divided by the units of work that one iteration does for the lane. For a linear layer a unit
-is a weight: a program of 32 * warps lanes handles tile columns x 128 weights an iteration, so
+The inner loop is the longest of the innermost loops that hold tensor-core instructions, or the shortest where a kernel
+has another one for the tiles at the ends: from the label that a backward branch jumps to, up to that branch. What jumps
+back from behind the kernel's end is the rare case of some instruction, and no loop. Its length is counted in
+instructions of one lane, whatever they are (a NOP takes an issue slot too), and divided by the units of work that one
+iteration does for the lane. For a linear layer a unit is a weight: a program of 32 * warps lanes handles tile columns x
+128 weights an iteration, so
 
     instructions per weight = loop instructions * 32 * warps / (tile columns * 128)
 
@@ -61,7 +63,7 @@ class MachineCode:
     @cached_property
     def loop(self) -> tuple[str, ...]:
         """The operations of the inner loop, in order; empty when no loop multiplies."""
-        return inner_loop(self.assembly)
+        return inner_loop(self.assembly, has_edges=self.variant.loop is not None and self.variant.loop.has_edges)
 
     @property
     def cost(self) -> float | None:
@@ -73,8 +75,8 @@ class MachineCode:
         return round(len(self.loop) / (unrolled * self.variant.loop.units), 3)
 
 
-def inner_loop(assembly: str) -> tuple[str, ...]:
-    """The operations of the longest innermost loop with tensor-core instructions in `nvdisasm -c` text."""
+def inner_loop(assembly: str, *, has_edges: bool) -> tuple[str, ...]:
+    """The operations of the inner loop in `nvdisasm -c` text. has_edges: as in `LoopRules`."""
     operations: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -86,6 +88,7 @@ def inner_loop(assembly: str) -> tuple[str, ...]:
             branch = BRANCH.search(line)
             if branch and branch[1] in labels:
                 loops.append((labels[branch[1]], len(operations)))
+    loops = [loop for loop in loops if "EXIT" not in operations[slice(*loop)]]
     multiplying = [loop for loop in loops if any(TENSOR_CORES.match(name) for name in operations[slice(*loop)])]
     innermost = [
         (start, stop)
@@ -94,7 +97,7 @@ def inner_loop(assembly: str) -> tuple[str, ...]:
     ]
     if not innermost:
         return ()
-    start, stop = max(innermost, key=lambda loop: loop[1] - loop[0])
+    start, stop = sorted(innermost, key=lambda loop: loop[1] - loop[0])[0 if has_edges else -1]
     return tuple(operations[start:stop])
 
 
@@ -125,8 +128,8 @@ def _loop_faults(code: MachineCode) -> list[str]:
     if not code.loop:
         return ["has no loop with tensor-core instructions"]
     faults = []
-    family = WARP_PRODUCT if rules.warp_products else FAMILIES[code.variant.arch]
-    if not any(family.match(name) for name in code.loop):
+    family = FAMILIES[code.variant.arch]
+    if not any(family.match(name) or (rules.warp_products and WARP_PRODUCT.match(name)) for name in code.loop):
         faults.append(f"multiplies by other instructions than {family.pattern} in its loop")
     if rules.wide_copies and not any(WIDE_ASYNC_COPY.match(name) for name in code.loop):
         faults.append("has no asynchronous copies of 128 bits in its loop")

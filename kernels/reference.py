@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels import kv_codes
 from kernels.layout import PackedWeight, unpack
 from kernels.paged_batch import AttentionBatch, PagedLayer
 
@@ -22,41 +23,68 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
 
 
 def write_kv(keys: Tensor, values: Tensor, layer: PagedLayer, slot_mapping: Tensor) -> None:
-    """Write keys and values [T, H_kv, D] into the slots int64 [T] of the cache."""
+    """Write keys and values [T, H_kv, D] into the slots int64 [T] of the cache, as codes where it holds codes."""
     blocks, offsets = slot_mapping // layer.block_size, slot_mapping % layer.block_size
-    layer.keys[blocks, :, offsets] = keys.to(layer.keys.dtype)
-    layer.values[blocks, :, offsets] = values.to(layer.values.dtype)
+    if layer.key_scales is None or layer.value_scales is None:
+        layer.keys[blocks, :, offsets] = keys.to(layer.keys.dtype)
+        layer.values[blocks, :, offsets] = values.to(layer.values.dtype)
+        return
+    layer.keys[blocks, :, offsets], layer.key_scales[blocks, :, offsets] = kv_codes.encode(keys, layer.keys.dtype)
+    codes, layer.value_scales[blocks, :, offsets] = kv_codes.encode(values, layer.values.dtype)
+    layer.values[blocks, :, offsets // 2, :, offsets % 2] = codes
+
+
+def cached_numbers(layer: PagedLayer) -> tuple[Tensor, Tensor]:
+    """What the cache holds: keys and values float32 [num_blocks, H_kv, block_size, D]."""
+    if layer.key_scales is None or layer.value_scales is None:
+        return layer.keys.float(), layer.values.float()
+    values = layer.values.transpose(-1, -2).flatten(2, 3)
+    return kv_codes.decode(layer.keys, layer.key_scales), kv_codes.decode(values, layer.value_scales)
 
 
 def paged_attention(
-    query: Tensor, layer: PagedLayer, batch: AttentionBatch, *, softmax_scale: float, sliding_window: int | None = None
+    query: Tensor,
+    layer: PagedLayer,
+    batch: AttentionBatch,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of query [T, H, D] over each sequence's blocks; grouped-query heads share H / H_kv to one.
 
-    With a sliding window, a token sees itself and the `sliding_window - 1` tokens before it. Returns [T, H, D].
+    With a sliding window, a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap, a scaled
+    score x becomes soft_cap * tanh(x / soft_cap). Sinks [H] are logits, one per head, that take their share of the
+    softmax and give no value. Returns [T, H, D].
     """
     output = torch.empty_like(query)
     num_query_heads, num_kv_heads = query.shape[1], layer.keys.shape[1]
+    cached = cached_numbers(layer)
     for sequence in range(len(batch.context_lens)):
         start, stop = int(batch.query_starts[sequence]), int(batch.query_starts[sequence + 1])
         context_len = int(batch.context_lens[sequence])
         num_blocks = -(-context_len // layer.block_size)
         blocks = batch.block_tables[sequence, :num_blocks].long()
         keys, values = (
-            cache[blocks]
+            numbers[blocks]
             .transpose(0, 1)
             .flatten(1, 2)[:, :context_len]
-            .float()
             .repeat_interleave(num_query_heads // num_kv_heads, dim=0)
-            for cache in (layer.keys, layer.values)
+            for numbers in cached
         )
         scores = torch.einsum("thd,hkd->htk", query[start:stop].float(), keys) * softmax_scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         query_positions = torch.arange(context_len - (stop - start), context_len, device=query.device)[:, None]
         key_positions = torch.arange(context_len, device=query.device)[None, :]
         visible = key_positions <= query_positions
         if sliding_window is not None:
             visible &= key_positions > query_positions - sliding_window
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        logits = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.float()[:, None, None].expand(-1, stop - start, 1)), dim=-1)
+        weights = logits.softmax(dim=-1)[..., :context_len]
         output[start:stop] = torch.einsum("htk,hkd->thd", weights, values).to(output.dtype)
     return output
 

@@ -29,12 +29,16 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """One program of paged attention: num_rows (token, head) pairs against num_keys cached tokens a step."""
+    """One program of paged attention: num_rows (token, head) pairs, at least, against num_keys cached tokens a step.
+
+    max_registers: of a thread; left to itself, the compiler may spill some rather than take more of them.
+    """
 
     num_rows: int
     num_keys: int
     num_warps: int
     num_stages: int
+    max_registers: int
 
 
 # compute capability times ten: shared memory from the CUDA programming guide, "maximum per thread block"
@@ -125,9 +129,12 @@ MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_R
 # should outrun the fused loop by more than it costs to write and read the dense weight: derived, not measured
 DENSE_ROWS = {80: 512, 90: 1024, 100: 1024}
 
-DECODE_TILE = AttentionTile(num_rows=16, num_keys=32, num_warps=4, num_stages=3)
-_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=8, num_stages=2)
-_SMALL_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=8, num_stages=2)
+# three programs on a processor at least
+_DECODE_TILE = AttentionTile(num_rows=8, num_keys=64, num_warps=4, num_stages=3, max_registers=168)
+_WIDE_DECODE_TILE = AttentionTile(num_rows=8, num_keys=32, num_warps=4, num_stages=3, max_registers=168)
+_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2, max_registers=255)
+_SMALL_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=4, num_stages=2, max_registers=255)
+_WIDE_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=8, num_stages=2, max_registers=255)
 # cached tokens that one decode program reads; fixed, so that a sequence's sum never depends on its neighbours
 SPAN_TOKENS = 512
 
@@ -196,12 +203,20 @@ def head_tile(width: int) -> int:
     return max(next_power_of_two(width), MIN_HEAD_TILE)
 
 
+def decode_tile(width: int) -> AttentionTile:
+    """The tile of decode for heads of this width: half the keys where a tile of wide heads outgrows the registers."""
+    return _WIDE_DECODE_TILE if width > 128 else _DECODE_TILE
+
+
 def prefill_tile(width: int, group: int) -> AttentionTile:
     """The tile of prefill for heads of this width, `group` query heads a key head.
 
-    Half the keys where two tiles of wide heads outgrow a desktop GPU's shared memory, or a large group its registers.
+    Half the keys where the registers of older GPUs do not hold more: masks of padded heads, indices of larger groups.
+    More warps where a head is wide.
     """
-    return _SMALL_PREFILL_TILE if width > 128 or group >= 8 else _PREFILL_TILE
+    if width > 128:
+        return _WIDE_PREFILL_TILE
+    return _SMALL_PREFILL_TILE if group > 4 or width != head_tile(width) else _PREFILL_TILE
 
 
 def row_tile(tile: AttentionTile, group: int) -> int:

@@ -21,7 +21,7 @@ class LoopRules:
     the cost is instructions of an iteration / units. wide_copies: whether its big operand must arrive by asynchronous
     copies of 128 bits. from_integers: whether instructions that convert integers to floating point are allowed.
     warp_products: whether the products may be those of one warp (HMMA) on every architecture, as the ones of a tile
-    with few rows are.
+    with few rows are. has_edges: whether a second, longer loop is for the few tiles at the ends, which are masked.
     """
 
     unit: str
@@ -29,6 +29,7 @@ class LoopRules:
     wide_copies: bool = True
     from_integers: bool = False
     warp_products: bool = False
+    has_edges: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,20 @@ class Variant:
     """One compilation. arguments: each run-time argument's Triton type, with ":16" where it is a multiple of 16.
 
     constants: the other arguments. min_programs: how many programs a processor is planned to run at a time, which
-    bounds the registers of a thread. loop: None for a kernel without a dot.
+    bounds the registers of a thread. max_registers: what the launch bounds them to, None for nothing. loop: None for a
+    kernel without a dot.
     """
 
     kernel: str
     arch: int
     label: str
     arguments: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, int | bool | None], ...]
+    constants: tuple[tuple[str, int | bool | str | None], ...]
     num_warps: int
     num_stages: int
     loop: LoopRules | None
     min_programs: int = 1
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -73,8 +76,8 @@ def plain_variant(
     kernel: str,
     arch: int,
     label: str,
-    arguments: dict[str, str],
-    constants: Mapping[str, int | None],
+    arguments: Mapping[str, str],
+    constants: Mapping[str, int | bool | str | None],
     num_warps: int,
 ) -> Variant:
     """A kernel without a dot: nothing to pipeline, no loop with rules."""

@@ -17,7 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from server.engine.config import CpuKernel, Device, DType, EngineConfig, GenerationConfig
+from server.engine.config import CpuKernel, Device, DType, EngineConfig, GenerationConfig, KvCacheDType
 
 ENVIRONMENT_PREFIX = "AWQ_SERVE_"
 # names the settings file itself, so it cannot be in one
@@ -75,6 +75,9 @@ class Settings(BaseSettings):
 
     device: Annotated[Device, Field(description="cuda, cpu, or auto: a GPU where there is one")] = "auto"
     dtype: Annotated[DType, Field(description="of activations: auto, float32, bfloat16 or float16")] = "auto"
+    kv_cache_dtype: Annotated[
+        KvCacheDType, Field(description="of keys and values: auto (the model's), bfloat16, float16, int8 or fp8")
+    ] = "auto"
     max_model_len: Annotated[
         int | None, Field(ge=1, description="tokens of prompt and answer together; the model's own if not set")
     ] = None
@@ -172,6 +175,7 @@ class Settings(BaseSettings):
             model_path=str(model_path),
             device=self.device,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

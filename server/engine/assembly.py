@@ -13,8 +13,8 @@ from quant.errors import QuantError
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
-from server.engine.kernel_choice import KernelChoice, choose_kernels
-from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_size
+from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
+from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_dtype, choose_size
 from server.engine.loop import EngineLoop, Publish
 from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo, SamplingDefaults
@@ -89,7 +89,7 @@ def wire_engine(
     """The engine around a model that is on the device. Raises EngineSetupError when no cache of the settings fits."""
     # the dtype that it computes in
     dtype = model.config.dtype or model.decoder.embedding.dtype
-    geometry = _geometry(model.config, dtype, is_native=kernels.native is not None)
+    geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
     size = choose_size(config, geometry, device)
     info = ModelInfo(
         model_path=config.model_path,
@@ -135,7 +135,8 @@ def _check_and_choose_kernels(
     # as load_model chooses; None where the weights themselves decide
     expected_dtype = dtype or (torch.float32 if device.type == "cpu" else model.dtype)
     # with native kernels a cache takes least: what is too little then always is
-    _check_cache_size(config, model, expected_dtype, device, is_native=device.type == "cpu")
+    may_be_native = device.type == "cpu" and config.kv_cache_dtype in NATIVE_CACHE_DTYPES
+    _check_cache_size(config, model, expected_dtype, device, is_native=may_be_native)
     kernels = choose_kernels(config, device, Path(config.model_path))
     _check_cache_size(config, model, expected_dtype, device, is_native=kernels.native is not None)
     if kernels.native is not None:
@@ -147,16 +148,21 @@ def _check_and_choose_kernels(
 def _check_cache_size(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype | None, device: torch.device, *, is_native: bool
 ) -> None:
-    if config.kv_cache_bytes is not None and dtype is not None:
-        choose_size(config, _geometry(model, dtype, is_native=is_native), device)
+    if dtype is None:
+        return
+    geometry = _geometry(config, model, dtype, device, is_native=is_native)
+    if config.kv_cache_bytes is not None:
+        choose_size(config, geometry, device)
 
 
-def _geometry(model: ModelConfig, dtype: torch.dtype, *, is_native: bool) -> KvGeometry:
+def _geometry(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, *, is_native: bool
+) -> KvGeometry:
     return KvGeometry(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        dtype=KV_DTYPE if is_native else dtype,
+        dtype=KV_DTYPE if is_native else choose_dtype(config, dtype, device),
         max_model_len=model.max_position_embeddings,
         native=is_native,
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDType = Literal["auto", "bfloat16", "float16", "int8", "fp8"]
 Device = Literal["auto", "cpu", "cuda"]
 GenerationConfig = Literal["auto", "off"]
 CpuKernel = Literal["auto", "native", "torch"]
@@ -19,6 +20,7 @@ class EngineConfig:
     max_num_seqs: requests that run at once; max_waiting: how many more are taken in before QueueFull.
     max_num_batched_tokens: tokens of one step, so how much of a long prompt the running requests wait for. None: by
     device, see server/engine/assembly.py.
+    kv_cache_dtype auto: the model's. int8 and fp8: codes with a scale for each token and head.
     num_threads None: as many as torch takes.
     cpu_kernel auto: the native kernels where there is a compiler for them and they can compute the model, else torch's.
     prefix_caching: prompts that begin alike are computed once. deterministic: a request's tokens are bit for bit those
@@ -29,6 +31,7 @@ class EngineConfig:
     model_path: str
     device: Device = "auto"
     dtype: DType = "auto"
+    kv_cache_dtype: KvCacheDType = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None

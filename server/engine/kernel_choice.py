@@ -13,6 +13,9 @@ from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
 from server.model.native_loader import find_native_obstacle
 
+# the values of kv_cache_dtype that the native kernels fit
+NATIVE_CACHE_DTYPES = ("auto", "float16")
+
 
 @dataclass(frozen=True)
 class KernelChoice:
@@ -49,6 +52,8 @@ def choose_kernels(config: EngineConfig, device: torch.device, directory: Path) 
 def _find_obstacle(config: EngineConfig, directory: Path) -> str | None:
     if config.dtype not in ("auto", "float32"):
         return f"dtype is {config.dtype}, and they compute in float32"
+    if config.kv_cache_dtype not in NATIVE_CACHE_DTYPES:
+        return f"kv_cache_dtype is {config.kv_cache_dtype}, and they keep keys and values in float16"
     if config.block_size is not None and config.block_size % KEYS_PER_VECTOR:
         return f"block_size is {config.block_size}, no multiple of {KEYS_PER_VECTOR}"
     return find_native_obstacle(directory)

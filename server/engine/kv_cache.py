@@ -7,21 +7,28 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.kv_codes import CODE_DTYPES
 from kernels.native_cpu import allocate_native_layer
-from kernels.paged_batch import PagedLayer
+from kernels.paged_batch import PagedLayer, allocate_layer
 from server.engine import host_memory
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, KvCacheDType
 from server.engine.errors import EngineSetupError
 
-# what the kernels read well; a CPU gathers blocks, so larger ones mean less work
-_DEFAULT_BLOCK_SIZES = {"cuda": 16, "cpu": 32}
+# a tile of the kernels is one block then; a CPU gathers blocks, so larger ones mean less work
+_DEFAULT_BLOCK_SIZES = {"cuda": 64, "cpu": 32}
+_CACHE_DTYPES: dict[KvCacheDType, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
+}
 _CPU_MEMORY_SHARE = 0.25
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """What of the model decides the size of its cache. max_model_len: the longest context it was trained for.
+    """What decides the size of the cache. dtype: of the cache. max_model_len: the longest context of the training.
 
     native: for the native CPU kernels, which have keys in an order of their own.
     """
@@ -35,7 +42,8 @@ class KvGeometry:
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale_bytes = torch.float32.itemsize if self.dtype in CODE_DTYPES else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,30 @@ def check_context_len(config: EngineConfig, trained_len: int) -> None:
         )
 
 
+def choose_dtype(config: EngineConfig, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the cache holds. Raise EngineSetupError for floats that a GPU's kernels do not read beside the model's."""
+    if config.kv_cache_dtype == "auto":
+        return model_dtype
+    dtype = _CACHE_DTYPES[config.kv_cache_dtype]
+    if device.type == "cuda" and dtype.itemsize > 1 and dtype != model_dtype:
+        model_name = str(model_dtype).removeprefix("torch.")
+        raise EngineSetupError(
+            f"kv_cache_dtype is {config.kv_cache_dtype}, but the model computes in {model_name}, and the GPU's kernels "
+            "read a cache of that: set kv_cache_dtype to auto, int8 or fp8, or dtype to what the cache is to hold"
+        )
+    return dtype
+
+
 def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device) -> KvCacheSize:
     """How many blocks the settings and the memory left after the weights allow.
 
     Raises EngineSetupError when a sequence of max_model_len would not fit, naming the numbers that would do.
     """
     block_size = config.block_size or _DEFAULT_BLOCK_SIZES[device.type]
+    if geometry.dtype in CODE_DTYPES and block_size % 2:
+        raise EngineSetupError(
+            f"block_size is {block_size}, but a KV cache of 8 bits keeps tokens in pairs: set it to an even number"
+        )
     bytes_per_block = block_size * geometry.bytes_per_token
     wanted_len = config.max_model_len or geometry.max_model_len
     useful_blocks = config.max_num_seqs * -(-wanted_len // block_size)
@@ -83,20 +109,23 @@ def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device
 
 
 def allocate_layers(size: KvCacheSize, geometry: KvGeometry, device: torch.device) -> tuple[PagedLayer, ...]:
-    """The caches [num_blocks, H_kv, block_size, D] of each layer.
+    """The caches of each layer, as `PagedLayer` describes them.
 
-    On a GPU they are zeroed: its kernels read a block to the end and mask the rest, which must be finite. On a CPU no
-    slot is read before it is written, and memory that nobody has touched yet is not taken from the machine.
+    Nothing is written to them: no slot is read before it is, and memory that nobody has touched yet is not taken from
+    the machine.
     """
-    allocate = torch.empty if device.type == "cpu" else torch.zeros
-    shape = (size.num_blocks, geometry.num_kv_heads, size.block_size, geometry.head_dim)
     try:
         if geometry.native:
+            shape = (size.num_blocks, geometry.num_kv_heads, size.block_size, geometry.head_dim)
             return tuple(allocate_native_layer(*shape) for _ in range(geometry.num_layers))
         return tuple(
-            PagedLayer(
-                allocate(shape, dtype=geometry.dtype, device=device),
-                allocate(shape, dtype=geometry.dtype, device=device),
+            allocate_layer(
+                size.num_blocks,
+                geometry.num_kv_heads,
+                size.block_size,
+                geometry.head_dim,
+                dtype=geometry.dtype,
+                device=device,
             )
             for _ in range(geometry.num_layers)
         )

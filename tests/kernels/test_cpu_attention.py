@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import cpu_attention, reference, reference_fused
-from kernels.paged_batch import PagedLayer
+from kernels.kv_codes import CODE_DTYPES
+from kernels.paged_batch import PagedLayer, allocate_layer
 from kernels.rotary import HeadNorms, Rotation
 from tests.paged_cache import Chunk, build_batch, build_layers
 
@@ -140,3 +141,52 @@ def test_attention_keeps_the_dtype_of_the_query() -> None:
     assert ours.dtype == torch.bfloat16
     theirs = reference.paged_attention(query, layer, batch, softmax_scale=0.3)
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
+def coded_layer(num_blocks: int, block_size: int, dtype: torch.dtype) -> PagedLayer:
+    layer = allocate_layer(num_blocks, 2, block_size, 8, dtype=dtype, device=torch.device("cpu"))
+    for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
+        assert tensor is not None
+        tensor.view(torch.uint8).fill_(255)
+    return layer
+
+
+@pytest.mark.parametrize("cache_dtype", CODE_DTYPES)
+def test_a_cache_of_codes_is_written_and_read_as_the_reference_does(cache_dtype: torch.dtype) -> None:
+    chunks, num_blocks = place([(0, 20), (9, 1), (3, 4)], 6)
+    whole = build_batch([Chunk(chunk.blocks, 0, chunk.num_cached + chunk.num_new) for chunk in chunks], 6)
+    ours, theirs = (coded_layer(num_blocks, 6, cache_dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (random_heads(len(whole.slot_mapping), 2, generator) for _ in range(2))
+    batch = build_batch(chunks, 6)
+    query = random_heads(len(batch.slot_mapping), 6, generator)
+
+    cpu_attention.write_kv(keys, values, ours, cpu_attention.plan_attention(whole, ours, [None]))
+    reference.write_kv(keys, values, theirs, whole.slot_mapping)
+    plan = cpu_attention.plan_attention(batch, ours, [None])
+    attended = cpu_attention.paged_attention(query, ours, plan, softmax_scale=0.3)
+
+    assert torch.equal(ours.keys.view(torch.uint8), theirs.keys.view(torch.uint8))
+    assert torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
+    expected = reference.paged_attention(query, theirs, batch, softmax_scale=0.3)
+    torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_caps_and_sinks_are_the_references(soft_cap: float | None, has_sinks: bool, window: int | None) -> None:
+    chunks, num_blocks = place([(20, 1), (0, 1), (3, 9)], 5)
+    layer, batch = filled_layer(chunks, num_blocks, 5), build_batch(chunks, 5)
+    query = random_heads(len(batch.slot_mapping), 6, torch.Generator().manual_seed(2))
+    sinks = torch.linspace(-2, 2, 6) if has_sinks else None
+    plan = cpu_attention.plan_attention(batch, layer, [window])
+
+    ours = cpu_attention.paged_attention(
+        query, layer, plan, softmax_scale=2.0, sliding_window=window, soft_cap=soft_cap, sinks=sinks
+    )
+
+    theirs = reference.paged_attention(
+        query, layer, batch, softmax_scale=2.0, sliding_window=window, soft_cap=soft_cap, sinks=sinks
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -55,11 +55,24 @@ def fault(**changes: object) -> str:
 
 
 def test_the_inner_loop_is_the_innermost_that_multiplies() -> None:
-    assert inner_loop(ASSEMBLY) == LOOP
+    assert inner_loop(ASSEMBLY, has_edges=False) == LOOP
 
 
 def test_code_without_a_loop_that_multiplies_has_none() -> None:
-    assert inner_loop(ASSEMBLY.replace("HMMA", "HADD2")) == ()
+    assert inner_loop(ASSEMBLY.replace("HMMA", "HADD2"), has_edges=False) == ()
+
+
+def test_where_a_longer_loop_is_for_the_ends_the_shorter_is_the_inner_one() -> None:
+    longer = ASSEMBLY + ASSEMBLY.replace("HMMA", "NOP ;\n        /*0045*/ HMMA").replace(".L_x_", ".L_y_")
+
+    assert inner_loop(longer, has_edges=True) == LOOP
+    assert len(inner_loop(longer, has_edges=False)) == len(LOOP) + 1
+
+
+def test_what_jumps_back_from_behind_the_end_is_no_loop() -> None:
+    outlined = ASSEMBLY.replace("/*0090*/", "/*0088*/ EXIT ;\n        /*008a*/ BRA `(.L_x_1) ;\n        /*0090*/")
+
+    assert inner_loop(outlined, has_edges=False) == LOOP
 
 
 def test_the_cost_is_instructions_for_each_unit_of_work() -> None:

@@ -1,6 +1,7 @@
 """The reference operations against definitions worked out by hand or by plain loops."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -57,15 +58,23 @@ def _vector(cache: torch.Tensor, blocks: list[int], position: int, head: int) ->
 
 
 def _attend_by_loops(
-    query: torch.Tensor, layer: PagedLayer, blocks: list[int], position: int, first_visible: int
+    query: torch.Tensor,
+    layer: PagedLayer,
+    blocks: list[int],
+    position: int,
+    first_visible: int,
+    *,
+    bend: Callable[[float], float] = lambda score: score,
+    sink_weight: float = 0.0,
 ) -> torch.Tensor:
     """One token's attention, head by head and key by key; two query heads share a key head."""
     rows = []
     for head in range(4):
         keys = [_vector(layer.keys, blocks, p, head // 2) for p in range(first_visible, position + 1)]
         values = [_vector(layer.values, blocks, p, head // 2) for p in range(first_visible, position + 1)]
-        weights = [math.exp(0.5 * float(query[head] @ key)) for key in keys]
-        rows.append(sum((w / sum(weights) * v for w, v in zip(weights, values, strict=True)), torch.zeros(4)))
+        weights = [math.exp(bend(0.5 * float(query[head] @ key))) for key in keys]
+        whole = sum(weights) + sink_weight
+        rows.append(sum((w / whole * v for w, v in zip(weights, values, strict=True)), torch.zeros(4)))
     return torch.stack(rows)
 
 
@@ -92,6 +101,28 @@ def test_a_sliding_window_counts_the_token_itself() -> None:
     output = reference.paged_attention(query, layer, batch, softmax_scale=0.5, sliding_window=2)
 
     expected = _attend_by_loops(query[0], layer, blocks, 6, 5)
+    torch.testing.assert_close(output[0], expected, atol=1e-5, rtol=0)
+
+
+def test_a_soft_cap_bends_the_scaled_score() -> None:
+    layer, blocks = _layer(block_size=3), [4, 1, 2]
+    query = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(3)) * 5
+    batch = build_batch([Chunk(blocks, 6, 1)], 3)
+
+    output = reference.paged_attention(query, layer, batch, softmax_scale=0.5, soft_cap=2.0)
+
+    expected = _attend_by_loops(query[0], layer, blocks, 6, 0, bend=lambda score: 2.0 * math.tanh(score / 2.0))
+    torch.testing.assert_close(output[0], expected, atol=1e-5, rtol=0)
+
+
+def test_a_sink_takes_weight_and_gives_no_value() -> None:
+    layer, blocks = _layer(block_size=3), [4, 1, 2]
+    query = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(3))
+    batch = build_batch([Chunk(blocks, 6, 1)], 3)
+
+    output = reference.paged_attention(query, layer, batch, softmax_scale=0.5, sinks=torch.full((4,), 0.7))
+
+    expected = _attend_by_loops(query[0], layer, blocks, 6, 0, sink_weight=math.exp(0.7))
     torch.testing.assert_close(output[0], expected, atol=1e-5, rtol=0)
 
 

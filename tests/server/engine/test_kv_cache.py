@@ -6,7 +6,7 @@ import torch
 from server.engine import host_memory
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
-from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_size
+from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_dtype, choose_size
 
 CPU = torch.device("cpu")
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16, max_model_len=1000)
@@ -60,6 +60,48 @@ def test_the_tensors_have_the_shape_that_the_kernels_read() -> None:
         assert layer.keys.shape == layer.values.shape == (12, 2, 8, 16)
         assert layer.keys.dtype == torch.bfloat16
         assert layer.keys.data_ptr() != layer.values.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_a_cache_of_codes_takes_a_byte_a_number_and_a_scale_a_head(dtype: torch.dtype) -> None:
+    geometry = replace(GEOMETRY, dtype=dtype)
+
+    assert geometry.bytes_per_token == 2 * 3 * 2 * (16 + 4)
+    layers = allocate_layers(choose_size(replace(CONFIG, kv_cache_bytes=10**5), geometry, CPU), geometry, CPU)
+    taken = sum(
+        tensor.nbytes
+        for layer in layers
+        for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales)
+        if tensor is not None
+    )
+    assert 0.9 * 10**5 < taken <= 10**5
+
+
+def test_blocks_of_codes_hold_pairs_of_tokens() -> None:
+    with pytest.raises(EngineSetupError, match=r"block_size is 7, but .* pairs"):
+        choose_size(replace(CONFIG, block_size=7), replace(GEOMETRY, dtype=torch.uint8), CPU)
+
+
+def test_the_cache_has_the_models_dtype_unless_told_otherwise() -> None:
+    chosen = {
+        name: choose_dtype(replace(CONFIG, kv_cache_dtype=name), torch.float32, CPU)
+        for name in ("auto", "bfloat16", "int8", "fp8")
+    }
+
+    assert chosen == {
+        "auto": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "int8": torch.uint8,
+        "fp8": torch.float8_e4m3fn,
+    }
+
+
+def test_a_gpu_reads_no_other_floats_than_the_models() -> None:
+    gpu = torch.device("cuda")
+
+    assert choose_dtype(replace(CONFIG, kv_cache_dtype="float16"), torch.float16, gpu) == torch.float16
+    with pytest.raises(EngineSetupError, match="kv_cache_dtype is float16, but the model computes in bfloat16"):
+        choose_dtype(replace(CONFIG, kv_cache_dtype="float16"), torch.bfloat16, gpu)
 
 
 def test_free_memory_is_a_part_of_this_machines() -> None:

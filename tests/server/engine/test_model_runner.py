@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from server.engine.assembly import assemble_engine
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, KvCacheDType
 from server.engine.loop import EngineLoop
 from server.engine.request import EngineNews, FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob
 from server.engine.sampler import NOT_FINITE
@@ -190,6 +190,33 @@ def test_prompt_logprobs_are_those_of_the_model(tiny_model: Path, reference: Ref
         assert score.logprob == pytest.approx(expected[position, score.token_id].item(), abs=1e-4)
         assert [token for token, _ in score.top] == expected[position].topk(3).indices.tolist()
         assert [value for _, value in score.top] == pytest.approx(expected[position].topk(3).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    # a step of e4m3 is up to eight times one of int8
+    ("kv_cache_dtype", "tolerance"),
+    [("bfloat16", 0.02), ("float16", 0.005), ("int8", 0.05), ("fp8", 0.4)],
+)
+def test_a_smaller_cache_gives_nearly_the_models_own_logprobs(
+    tiny_model: Path, reference: Reference, kv_cache_dtype: KvCacheDType, tolerance: float
+) -> None:
+    # in chunks, so that all of a prompt but its first part reads what was written before
+    engine = Engine(replace(config(tiny_model), kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=16))
+    engine.run(request("r", 40, replace(GREEDY, max_tokens=20, prompt_logprobs=0, logprobs=0)))
+
+    event = engine.events["r"]
+    token_ids = torch.tensor([*prompt(40), *(token for news in event for token in news.token_ids)])
+    scored = [score for score in event[0].prompt_logprobs if score] + [
+        score for news in event for score in news.logprobs
+    ]
+    expected = reference(token_ids).log_softmax(-1)
+    assert len(scored) == 59
+    for position, score in enumerate(scored):
+        assert score.logprob == pytest.approx(expected[position, score.token_id].item(), abs=tolerance)
+    # each token is the model's own choice, or as good as that
+    for position in range(39, 59):
+        best = expected[position].max().item()
+        assert expected[position, token_ids[position + 1]].item() == pytest.approx(best, abs=2 * tolerance)
 
 
 def test_a_poisoned_token_fails_its_request_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -124,8 +124,7 @@ def quantize(
         tokens = _tokens(job, texts) if recipe.steps.calibrates else None
         if tokens is not None and budget_bits is not None:
             job = replace(job, plan=_mix(job, tokens, budget_bits))
-        windows = read_windows(source.config, source.tokenizer, recipe.num_windows)
-        held_out = HeldOutStates(windows, model, _quantized_outside(job, None))
+        held_out = _held_out(job)
         numbers = _round_blocks(job, held_out) if tokens is None else _search_blocks(job, tokens, held_out)
         _write_outer_tensors(job)
         report = _report(job, numbers, _measure(job, held_out, numbers.head))
@@ -352,6 +351,11 @@ def _quantized_outside(job: Job, head: PackedWeight | None) -> BlockwiseModel:
     if job.plan.head is not None and head is not None:
         replaced[f"{job.plan.head.name}.weight"] = dequantize(head)
     return replace(job.model, weights=RoundedWeights(job.model.weights, STORAGE_DTYPE, replaced))
+
+
+def _held_out(job: Job) -> HeldOutStates:
+    windows = read_windows(job.source.config, job.source.tokenizer, job.recipe.num_windows)
+    return HeldOutStates(windows, job.model, _quantized_outside(job, None))
 
 
 def _measure(job: Job, held_out: HeldOutStates, head: PackedWeight | None) -> HeldOutQuality | None:

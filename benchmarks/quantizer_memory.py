@@ -98,7 +98,7 @@ def _measure_all(shape: ModelShape, methods: Sequence[Method], samples: int, tok
         text, model = Path(folder) / "text.txt", Path(folder) / "model"
         text.write_text(TEXT, encoding="ascii")
         write_random_model(model, shape)
-        options = ("--calib", str(text), "--calib-samples", str(samples), "--calib-seqlen", str(tokens))
+        options = ("--calib", f"{text}:1", "--calib-samples", str(samples), "--calib-seqlen", str(tokens))
         return [measure(model, shape, method, options if STEPS[method].calibrates else ()) for method in methods]
 
 

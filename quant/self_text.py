@@ -51,7 +51,8 @@ def open_writer(model: BlockwiseModel, shape: tuple[int, int]) -> PreTrainedMode
     if free_bytes is not None and free_bytes < num_bytes:
         raise SourceError(
             f"the model takes about {num_bytes / 1e9:.1f} GB of memory to write its own calibration text, and "
-            f"{free_bytes / 1e9:.1f} GB are free; calibrate on a text with --calib, which needs one block at a time"
+            f"{free_bytes / 1e9:.1f} GB are free; calibrate on a text alone, with its share, like --calib wikitext:1: "
+            "that needs one block at a time"
         )
     return model.load_whole(dtype)
 

@@ -91,7 +91,8 @@ def test_a_checkpoint_has_the_same_bytes_as_if_the_model_had_been_loaded_whole(
     shard(model, "60KB")
     assert len(list(model.glob("*.safetensors"))) > 3
     (tmp_path / "text.txt").write_text("The river rises in the hills. " * 40)
-    recipe = Recipe(method=method, calibration=str(tmp_path / "text.txt"), num_samples=4, sample_tokens=32)
+    text = f"{tmp_path / 'text.txt'}:1"
+    recipe = Recipe(calibration=text, num_samples=4, sample_tokens=32).with_method(method)
 
     # when it is read block by block, and when its tensors are said to lie in another layout
     quantize(recipe, model, tmp_path / "streamed")

@@ -23,7 +23,7 @@ from quant.recipe import Method, Recipe
 
 folder = Path(sys.argv[1])
 peaks = {}
-text = str(folder / "text.txt")
+text = f"{folder / 'text.txt'}:1"
 calibrated = Recipe(method=Method.GPTQ, calibration=text, num_samples=2, sample_tokens=32, num_windows=1)
 for model, recipe in (("few", calibrated), ("many", Recipe(method=Method.RTN, num_windows=0)), ("many", calibrated)):
     report = quantize(recipe, folder / model, folder / f"{model}-{recipe.method}")

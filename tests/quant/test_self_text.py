@@ -104,7 +104,7 @@ def test_a_model_that_has_no_room_to_write_is_refused_with_what_it_takes(
     num_bytes = 4 * (sum(parameter.numel() for parameter in model.model.parameters()) + 10 * 100 * 2 * 2 * 2 * 16)
     monkeypatch.setattr("quant.self_text.available_bytes", lambda: num_bytes - 1)
     with pytest.raises(
-        SourceError, match=r"takes about 0\.0 GB of memory to write .* calibrate on a text with --calib"
+        SourceError, match=r"takes about 0\.0 GB of memory to write .* calibrate on a text alone, .* --calib wikitext:1"
     ):
         open_writer(model, (10, 100))
     monkeypatch.setattr("quant.self_text.available_bytes", lambda: num_bytes)

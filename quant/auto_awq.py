@@ -63,7 +63,7 @@ QUANTIZING_OPTIONS = {
 }
 SAVING_OPTIONS = {
     "safetensors": _NO_PICKLE,
-    "shard_size": Foreign((), "shards have at most 2 GiB; leave it out"),
+    "shard_size": Foreign((), "shards have about 512 MiB; leave it out"),
 }
 LOADING_BACK_OPTIONS = {
     "trust_remote_code": _NO_CODE,

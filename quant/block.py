@@ -180,9 +180,13 @@ def round_block_plainly(block: nn.Module, plan: BlockPlan) -> dict[str, PackedWe
 
 def round_linear_plainly(module: nn.Module, name: str, grouping: Grouping) -> PackedWeight:
     """Round the linear of that name in the module to nearest over the full range of its groups, in place."""
-    weight = linear_of(module, name).weight.detach()
+    return store(module, name, plain_codes(linear_of(module, name).weight.detach(), grouping))
+
+
+def plain_codes(weight: Tensor, grouping: Grouping) -> GroupCodes:
+    """The codes of weight [N, K] rounded to nearest over the full range of its groups."""
     grid = grid_of(full_range(weight, grouping.group_size), grouping.bits)
-    return store(module, name, codes_of(weight, grid, grouping.bits))
+    return codes_of(weight, grid, grouping.bits)
 
 
 def find_codes(weights: Sequence[Tensor], gram: Tensor, steps: MethodSteps, grouping: Grouping) -> list[GroupCodes]:
@@ -209,11 +213,17 @@ def store(module: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:
 
     Raises QuantizationError when a scale is not finite.
     """
+    packed = pack_codes(name, codes)
+    linear_of(module, name).weight.copy_(dequantize(packed))
+    return packed
+
+
+def pack_codes(name: str, codes: GroupCodes) -> PackedWeight:
+    """The codes of the linear of that name, packed. Raises QuantizationError when a scale is not finite."""
     check_finite(f"the scale of {name}", codes.scales)
     packed = pack(codes)
     if not torch.equal(unpack(packed).codes, codes.codes):
         raise QuantizationError(f"the codes of {name} do not come back from packing as they went in")
-    linear_of(module, name).weight.copy_(dequantize(packed))
     return packed
 
 

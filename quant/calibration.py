@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from quant.blockwise_model import BlockwiseModel
 from quant.calibration_files import Content, Conversation, read_content
 from quant.calibration_hub import data_set_file, preset_file
 from quant.calibration_mix import (
@@ -23,8 +24,7 @@ from quant.calibration_mix import (
 from quant.errors import RecipeError, SourceError
 from quant.recipe import Recipe
 from quant.report import CalibrationOrigin
-from quant.self_text import write_text
-from quant.source import SourceModel
+from quant.self_text import open_writer, write_text
 
 # what is tokenized of a long text, spread over it: several times what any language needs, because a tokenizer takes
 # seconds and hundreds of megabytes for each ten million characters
@@ -56,20 +56,24 @@ def read_texts(recipe: Recipe) -> tuple[CalibrationText, ...]:
 
 
 def calibration_tokens(
-    recipe: Recipe, source: SourceModel, texts: tuple[CalibrationText, ...], on_step: Callable[[int, int], None]
+    recipe: Recipe,
+    model: BlockwiseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: tuple[CalibrationText, ...],
+    on_step: Callable[[int, int], None],
 ) -> CalibrationTokens:
     """The tokens a recipe asks for, from its texts; on_step(done, total) follows the writing where there is none.
 
     Raises RecipeError when a text is too short for its rows, SourceError when the model's chat template refuses a
-    conversation, QuantizationError when the model writes no text.
+    conversation or the model has no room to write, QuantizationError when it writes no text.
     """
     rows = []
     for text in texts:
         shape = (text.origin.num_rows, recipe.calibration_shape[1])
         if text.content is None:
-            rows.append(write_text(source.model, source.tokenizer, shape, recipe.seed, on_step))
+            rows.append(write_text(open_writer(model, shape), tokenizer, shape, recipe.seed, on_step))
         else:
-            rows.append(_cut_rows(_tokenize(source.tokenizer, text.content, text.origin, shape), text.origin, shape))
+            rows.append(_cut_rows(_tokenize(tokenizer, text.content, text.origin, shape), text.origin, shape))
     remaining = [iter(ids) for ids in rows]
     order = interleaved([text.origin.num_rows for text in texts])
     ids = torch.stack([next(remaining[index]) for index in order])

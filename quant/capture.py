@@ -88,6 +88,19 @@ class BlockRecorder(nn.Module):
         return (hidden_states,) if self._returns_tuple else hidden_states
 
 
+class StateGiver(nn.Module):
+    """Stands in for a block, and gives the same hidden states whatever it reads."""
+
+    def __init__(self, hidden: Tensor, *, returns_tuple: bool) -> None:
+        super().__init__()
+        self._hidden = hidden
+        self._returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, *_positional: object, **_named: object) -> Tensor | tuple[Tensor]:  # noqa: ARG002
+        """What a block returns."""
+        return (self._hidden,) if self._returns_tuple else self._hidden
+
+
 class _SeenAllError(Exception):
     """Ends the run of a block of which nothing more is wanted."""
 
@@ -97,10 +110,10 @@ def embed(stack: BlockStack, token_ids: Tensor) -> list[BlockInput]:
 
     The blocks are not run. Raises SourceError when the decoder does more between blocks than hand states on.
     """
-    returns_tuple = _returns_tuple(stack, token_ids[:1, :1])
-    recorders = [BlockRecorder(returns_tuple=returns_tuple) for _ in stack.blocks]
+    wraps = gives_tuples(stack, token_ids[:1, :1])
+    recorders = [BlockRecorder(returns_tuple=wraps) for _ in stack.blocks]
     chunks = torch.split(token_ids, max(1, CHUNK_TOKENS // token_ids.shape[1]))
-    with _replaced_blocks(stack, recorders):
+    with replaced_blocks(stack, recorders):
         for chunk in chunks:
             stack.decoder(chunk, use_cache=False)
     for recorder in recorders:
@@ -217,13 +230,13 @@ def _noting(name: str, read: list[tuple[Tensor, str]]) -> Callable[[nn.Module, t
     return note
 
 
-def _returns_tuple(stack: BlockStack, token_ids: Tensor) -> bool:
+def gives_tuples(stack: BlockStack, token_ids: Tensor) -> bool:
     """Whether blocks return their states in a tuple: what the first one does with a token or two."""
     seen: list[bool] = []
     first, *others = stack.blocks.values()
     hook = first.register_forward_hook(lambda _module, _arguments, output: seen.append(isinstance(output, tuple)))
     try:
-        with _replaced_blocks(stack, [first for _ in (first, *others)]):
+        with replaced_blocks(stack, [first for _ in (first, *others)]):
             stack.decoder(token_ids, use_cache=False)
     finally:
         hook.remove()
@@ -231,7 +244,8 @@ def _returns_tuple(stack: BlockStack, token_ids: Tensor) -> bool:
 
 
 @contextmanager
-def _replaced_blocks(stack: BlockStack, replacement: Sequence[nn.Module]) -> Iterator[None]:
+def replaced_blocks(stack: BlockStack, replacement: Sequence[nn.Module]) -> Iterator[None]:
+    """The decoder with other modules in the place of its blocks."""
     blocks = stack.decoder.get_submodule(stack.attribute)
     stack.decoder.add_module(stack.attribute, nn.ModuleList(replacement))
     try:

@@ -109,34 +109,30 @@ class EvalTable:
 
 @dataclass
 class QualitySums:
-    """Running sums over the windows measured so far, of one model beside the original."""
+    """Running sums over the tokens measured so far, of one model beside the original."""
 
-    window_nll: float = 0.0
+    nll: float = 0.0
     kl: float = 0.0
     num_agreeing: int = 0
     num_tokens: int = 0
-    num_windows: int = 0
 
     def add(self, logits: Tensor, original: Tensor, targets: Tensor) -> None:
-        """A window's mean negative log likelihood, and sum over its tokens of KL(original || model), in nats.
+        """Negative log likelihood, and KL(original || model), in nats, at each of n tokens.
 
-        logits, original: float32 [T - 1, vocab] of this model and of the original; targets int64 [T - 1].
+        logits, original: float32 [n, vocab] of this model and of the original; targets int64 [n].
         """
-        nll = 0.0
         for start in range(0, len(targets), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             log_q, log_p = logits[rows].log_softmax(-1), original[rows].log_softmax(-1)
-            nll -= float(log_q.gather(1, targets[rows, None]).double().sum())
+            self.nll -= float(log_q.gather(1, targets[rows, None]).double().sum())
             self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
             self.num_agreeing += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-        self.window_nll += nll / len(targets)
         self.num_tokens += len(targets)
-        self.num_windows += 1
 
     @property
     def perplexity(self) -> float:
         # beyond this the number says nothing, and exp overflows
-        return math.exp(min(self.window_nll / self.num_windows, MAX_MEAN_NLL))
+        return math.exp(min(self.nll / self.num_tokens, MAX_MEAN_NLL))
 
     @property
     def mean_kl(self) -> float:
@@ -208,9 +204,8 @@ def predict(name: str, model: PreTrainedModel, window: Tensor) -> Tensor:
     """
     logits: Tensor = model(window[None], use_cache=False).logits[0, :-1].float()
     if not bool(torch.isfinite(logits).all()):
-        raise QuantizationError(
-            f"the {name} cannot be measured: the output of {first_not_finite(model, window[None])} is not finite"
-        )
+        culprit = first_not_finite(model, lambda: model(window[None], use_cache=False)) or "the model"
+        raise QuantizationError(f"the {name} cannot be measured: the output of {culprit} is not finite")
     return logits
 
 

@@ -1,68 +1,85 @@
-"""What a quantization cost, on text that no calibration has seen: the original's predictions are kept and compared.
+"""What a quantization cost, on text that no calibration has seen: the original and what became of it, block by block.
 
-The pipeline changes its model in place, so the original cannot be asked again.
+The hidden states of the windows go through each block twice, before it is quantized and afterwards, so that neither
+model is ever in memory whole, and no logits are kept.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from quant.errors import QualityError
-from quant.evaluate import QualitySums, TextWindows, cut_windows, predict
+from quant.blockwise_model import BlockwiseModel
+from quant.capture import BlockInput, run_block
+from quant.errors import QualityError, QuantizationError
+from quant.evaluate import QualitySums, TextWindows, cut_windows
+from quant.overflow import first_not_finite
 from quant.progress import ProgressMeter
 from quant.report import HeldOutQuality
 from quant.source import context_tokens
 
 # as short as tells the models apart: `awq-serve eval` measures longer; a model with a shorter context gets its own
 WINDOW_TOKENS = 512
-# what the kept predictions may take: two windows of a vocabulary of 256 thousand
-MAX_KEPT_BYTES = 2**30
+# what the logits of one model may take at once
+LOGIT_BYTES = 2**27
 
 
-@dataclass(frozen=True)
-class KeptPredictions:
-    """What the original expects: windows int64 [W, T], and of each its logits, float32 [T - 1, vocab]."""
+class HeldOutStates:
+    """The hidden states of windows of held-out text, on their ways through the original and the quantized blocks."""
 
-    windows: Tensor
-    logits: tuple[Tensor, ...]
+    def __init__(self, windows: Tensor, original: BlockwiseModel, quantized: BlockwiseModel) -> None:
+        """windows: int64 [W, T], perhaps none. quantized: the model as it will be outside of its blocks."""
+        self._windows = windows
+        rows = list(windows[:, None])
+        self._original = [chunk for chunks in original.embed(rows) for chunk in chunks] if rows else []
+        self._quantized = [chunk for chunks in quantized.embed(rows) for chunk in chunks] if rows else []
+
+    def follow_original(self, block: nn.Module, name: str, index: int) -> None:
+        """Take the original's states through its block of that name and index.
+
+        Raises QuantizationError naming the module whose output is not finite, here and in the other methods.
+        """
+        self._original = [_run_checked("original", block, name, index, chunk) for chunk in self._original]
+
+    def follow_quantized(self, block: nn.Module, name: str, index: int) -> None:
+        """Take the quantized model's states through what became of the block."""
+        self._quantized = [_run_checked("quantized model", block, name, index, chunk) for chunk in self._quantized]
+
+    def measure(
+        self, original: BlockwiseModel, quantized: BlockwiseModel, meter: ProgressMeter
+    ) -> HeldOutQuality | None:
+        """What the states after the last block make of the two models; None where there are no windows."""
+        if not len(self._windows):
+            return None
+        sums, original_sums = QualitySums(), QualitySums()
+        num_rows = max(1, LOGIT_BYTES // (original.model.config.get_text_config().vocab_size * torch.float32.itemsize))
+        meter.report("evaluate", 0, len(self._windows))
+        for index, window in enumerate(self._windows):
+            for start in range(0, len(window) - 1, num_rows):
+                rows = slice(start, min(start + num_rows, len(window) - 1))
+                expected = _logits("original", original, window[rows], self._original[index].hidden[:, rows])
+                logits = _logits("quantized model", quantized, window[rows], self._quantized[index].hidden[:, rows])
+                targets = window[1:][rows]
+                original_sums.add(expected, expected, targets)
+                sums.add(logits, expected, targets)
+            meter.report("evaluate", index + 1, len(self._windows))
+        return HeldOutQuality(
+            original_perplexity=original_sums.perplexity,
+            perplexity=sums.perplexity,
+            mean_kl=sums.mean_kl,
+            top1_agreement=sums.top1_agreement,
+            num_windows=len(self._windows),
+            window_tokens=self._windows.shape[1],
+        )
 
 
-def predict_held_out(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_windows: int, meter: ProgressMeter
-) -> KeptPredictions:
-    """Keep the model's predictions on windows of the text that ships here: fewer where the vocabulary is very large.
-
-    A window is no longer than the model's context.
-
-    Raises QuantizationError when a prediction is not finite.
-    """
-    window_tokens = min(WINDOW_TOKENS, context_tokens(model.config) or WINDOW_TOKENS)
-    window_bytes = (window_tokens - 1) * model.config.vocab_size * torch.float32.itemsize
-    num_kept = min(num_windows, max(1, MAX_KEPT_BYTES // window_bytes))
-    options = TextWindows(num_windows=num_kept, window_tokens=window_tokens)
-    windows = cut_windows(tokenizer, options.read(), options)
-    return KeptPredictions(windows, tuple(_predict_all("original", model, windows, meter)))
-
-
-def measure_held_out(kept: KeptPredictions, model: PreTrainedModel, meter: ProgressMeter) -> HeldOutQuality:
-    """The model as it is now beside the kept predictions. Raises QuantizationError when one is not finite."""
-    original, quantized = QualitySums(), QualitySums()
-    predictions = _predict_all("quantized model", model, kept.windows, meter)
-    for window, logits, expected in zip(kept.windows, predictions, kept.logits, strict=True):
-        original.add(expected, expected, window[1:])
-        quantized.add(logits, expected, window[1:])
-    return HeldOutQuality(
-        original_perplexity=original.perplexity,
-        perplexity=quantized.perplexity,
-        mean_kl=quantized.mean_kl,
-        top1_agreement=quantized.top1_agreement,
-        num_windows=quantized.num_windows,
-        window_tokens=kept.windows.shape[1],
-    )
+def read_windows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, num_windows: int) -> Tensor:
+    """So many windows of the text that ships here, int64 [W, T]; a window is no longer than the model's context."""
+    window_tokens = min(WINDOW_TOKENS, context_tokens(config) or WINDOW_TOKENS)
+    if num_windows == 0:
+        return torch.empty(0, window_tokens, dtype=torch.int64)
+    options = TextWindows(num_windows=num_windows, window_tokens=window_tokens)
+    return cut_windows(tokenizer, options.read(), options)
 
 
 def check_quality(quality: HeldOutQuality, max_kl: float | None) -> None:
@@ -75,8 +92,22 @@ def check_quality(quality: HeldOutQuality, max_kl: float | None) -> None:
         )
 
 
-def _predict_all(name: str, model: PreTrainedModel, windows: Tensor, meter: ProgressMeter) -> Iterator[Tensor]:
-    meter.report("evaluate", 0, len(windows))
-    for index, window in enumerate(windows):
-        yield predict(name, model, window)
-        meter.report("evaluate", index + 1, len(windows))
+def _run_checked(model_name: str, block: nn.Module, name: str, index: int, chunk: BlockInput) -> BlockInput:
+    given = run_block(block, index, chunk)
+    if not bool(torch.isfinite(given.hidden).all()):
+        leaf = first_not_finite(block, lambda: run_block(block, index, chunk))
+        raise _not_finite(model_name, name if leaf is None else f"{name}.{leaf}")
+    return given
+
+
+def _logits(model_name: str, model: BlockwiseModel, token_ids: Tensor, states: Tensor) -> Tensor:
+    """float32 [n, vocab] after token ids int64 [n], from the last block's states [1, n, hidden]."""
+    logits = model.run_outer(token_ids[None], states)[0].float()
+    if not bool(torch.isfinite(logits).all()):
+        leaf = first_not_finite(model.model, lambda: model.run_outer(token_ids[None], states))
+        raise _not_finite(model_name, leaf or "the model")
+    return logits
+
+
+def _not_finite(model_name: str, module_name: str) -> QuantizationError:
+    return QuantizationError(f"the {model_name} cannot be measured: the output of {module_name} is not finite")

@@ -3,6 +3,7 @@
 A checkpoint holds each expert's three matrices under names of their own, and quantization works on linears.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,7 @@ class LinearExperts(nn.ModuleList):
 
 
 def linearize_experts(model: PreTrainedModel) -> None:
-    """Replace the model's experts modules in place; the new weights share the old ones' memory.
+    """Replace the model's experts modules in place; the new weights share the old ones' memory, if they have any.
 
     A module stays as it is where the model's checkpoints hold no matrix per expert, or where its experts compute
     something else (have biases, clamp their activations).
@@ -87,12 +88,16 @@ def linearize_experts(model: PreTrainedModel) -> None:
         names = _stored_names(model, name, len(tensors[DOWN]))
         if names is None:
             continue
-        linear = LinearExperts(
-            Expert(names, gate_up, down, experts.get_submodule("act_fn"))
-            for gate_up, down in zip(tensors[GATE_UP].detach(), tensors[DOWN].detach(), strict=True)
-        ).train(experts.training)
-        if _compute_the_same(experts, linear, tensors[DOWN].shape[1]):
-            model.set_submodule(name, linear)
+        if _compute_the_same(experts, names):
+            model.set_submodule(name, _linearized(experts, names))
+
+
+def _linearized(experts: nn.Module, names: ExpertNames) -> LinearExperts:
+    gate_ups, downs = (experts.get_parameter(name).detach() for name in (GATE_UP, DOWN))
+    return LinearExperts(
+        Expert(names, gate_up, down, experts.get_submodule("act_fn"))
+        for gate_up, down in zip(gate_ups, downs, strict=True)
+    ).train(experts.training)
 
 
 def _stored_names(model: PreTrainedModel, module_name: str, num_experts: int) -> ExpertNames | None:
@@ -107,14 +112,24 @@ def _stored_names(model: PreTrainedModel, module_name: str, num_experts: int) ->
 
 
 @torch.no_grad()
-def _compute_the_same(experts: nn.Module, linear: LinearExperts, width: int) -> bool:
-    """Whether the first and the last expert give the same for random states, small ones and large ones."""
+def _compute_the_same(experts: nn.Module, names: ExpertNames) -> bool:
+    """Whether the first and the last expert give the same for random weights and states, small ones and large ones.
+
+    The weights are of one expert, as if all were alike: the module's own may not be in memory.
+    """
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.tensor([[0], [len(linear) - 1]])
+    probe = copy.deepcopy(experts)
+    for name in (GATE_UP, DOWN):
+        shape = experts.get_parameter(name).shape
+        weight = torch.randn(1, *shape[1:], generator=generator) * shape[-1] ** -0.5
+        probe.register_parameter(name, nn.Parameter(weight.expand(shape)))
+    linear = _linearized(probe, names)
+    num_experts, width, _ = experts.get_parameter(DOWN).shape
+    chosen = torch.tensor([[0], [num_experts - 1]])
     weights = torch.tensor([[1.0], [0.5]])
     for magnitude in PROBE_MAGNITUDES:
         states = magnitude * torch.randn(2, width, generator=generator)
-        expected, output = (module(states, chosen, weights) for module in (experts, linear))
+        expected, output = (module(states, chosen, weights) for module in (probe, linear))
         if not torch.allclose(output, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().amax())):
             return False
     return True

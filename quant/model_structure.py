@@ -72,12 +72,12 @@ def stored_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, st
 
 def head_names(model: PreTrainedModel) -> set[str]:
     """What the model's checkpoints call the weight of its output head; nothing where it has none."""
-    return {f"{name}.weight" for name in stored_modules(model, _named_heads(model)).values()}
+    return {f"{name}.weight" for name in stored_modules(model, find_heads(model)).values()}
 
 
 def find_head(model: PreTrainedModel) -> str:
     """The full name of the linear that makes the logits. Raises SourceError when there is none."""
-    names = [name for name, module in _named_heads(model).items() if isinstance(module, nn.Linear)]
+    names = [name for name, module in find_heads(model).items() if isinstance(module, nn.Linear)]
     if not names:
         raise SourceError(
             f"model type {model.config.model_type!r} has no output head that is a linear layer; leave out --lm-head"
@@ -91,6 +91,7 @@ def untie(model: PreTrainedModel, name: str) -> None:
     linear.register_parameter("weight", nn.Parameter(linear.get_parameter("weight").detach().clone()))
 
 
-def _named_heads(model: PreTrainedModel) -> dict[str, nn.Module]:
+def find_heads(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The module that makes the logits, by its full name; nothing where the model has none."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return {name: module for name, module in model.named_modules() if module is head}

@@ -5,31 +5,56 @@ Its input is not scaled: the norm before it could take a scale, but in several f
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import PackedWeight
 from kernels.reference import dequantize
-from quant.block import check_finite, find_codes, round_linear_plainly, store
-from quant.capture import CHUNK_TOKENS
+from quant.block import check_finite, find_codes, pack_codes, plain_codes
+from quant.blockwise_model import BlockwiseModel
+from quant.capture import CHUNK_TOKENS, run_block
 from quant.input_statistics import InputStatistics, StatisticsSum
 from quant.method import MethodSteps
 from quant.model_plan import HeadPlan
-from quant.model_structure import untie
 from quant.report import LayerLoss
 from quant.rounding import round_plainly
-from quant.scale_groups import linear_of
 from quant.scale_search import IDENTITY, output_error, relative_loss
 
 # what the head reads is known well enough from so many
 SAMPLE_TOKENS = 8192
 
 
+class HeadInput:
+    """What the head of a quantized model reads on some tokens, followed through its blocks."""
+
+    def __init__(self, model: BlockwiseModel, token_ids: Tensor) -> None:
+        """token_ids: int64 [sequences, T]; about SAMPLE_TOKENS of them are taken, evenly spread."""
+        num_rows = max(1, SAMPLE_TOKENS // token_ids.shape[1])
+        sample = token_ids[:: max(1, token_ids.shape[0] // num_rows)][:num_rows]
+        self._token_ids = torch.split(sample, max(1, CHUNK_TOKENS // sample.shape[1]))
+        (self._states,) = model.embed([sample])
+
+    def follow(self, block: nn.Module, index: int) -> None:
+        """Take the states through the quantized block of that index."""
+        self._states = [run_block(block, index, chunk) for chunk in self._states]
+
+    def statistics(self, model: BlockwiseModel, name: str) -> InputStatistics:
+        """Of the input of the head of that name, when all blocks are behind. What is outside of them is `model`'s."""
+        head = model.model.get_submodule(name)
+        counter = _InputCounter(head)
+        model.model.set_submodule(name, counter)
+        try:
+            for token_ids, chunk in zip(self._token_ids, self._states, strict=True):
+                model.run_outer(token_ids, chunk.hidden)
+        finally:
+            model.model.set_submodule(name, head)
+        return counter.total.result()
+
+
 class _InputCounter(nn.Module):
     """Stands in for the head: counts what it would read, and spares the logits."""
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.total = StatisticsSum(num_features)
+        self.total = StatisticsSum(head.get_parameter("weight").shape[1])
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
@@ -37,41 +62,20 @@ class _InputCounter(nn.Module):
         return hidden
 
 
-def round_head_plainly(model: PreTrainedModel, plan: HeadPlan) -> PackedWeight:
-    """Round the head to nearest over the full range of its groups, in place."""
-    untie(model, plan.name)
-    return round_linear_plainly(model, plan.name, plan.grouping)
+def round_head_plainly(weight: Tensor, plan: HeadPlan) -> PackedWeight:
+    """The head's weight [V, K] rounded to nearest over the full range of its groups."""
+    return pack_codes(plan.name, plain_codes(weight, plan.grouping))
 
 
-def search_head(
-    model: PreTrainedModel, plan: HeadPlan, steps: MethodSteps, token_ids: Tensor
-) -> tuple[PackedWeight, LayerLoss]:
-    """Round the head by the method's steps for what it reads on token_ids int64 [sequences, T], in place.
+def search_head(weight: Tensor, plan: HeadPlan, steps: MethodSteps, gram: Tensor) -> tuple[PackedWeight, LayerLoss]:
+    """Round the head's weight [V, K] by the method's steps for what it reads, of Gram matrix [K, K].
 
     Raises QuantizationError when what it reads is not finite.
     """
-    gram = _what_it_reads(model, plan.name, token_ids).gram
     check_finite(f"the input of {plan.name}", gram)
-    untie(model, plan.name)
-    weight = linear_of(model, plan.name).weight.detach().clone()
     signal = float(output_error(weight, gram).sum())
     plain = round_plainly(weight, plan.grouping.group_size, plan.grouping.bits)
     (codes,) = find_codes([weight], gram, steps, plan.grouping)
-    packed = store(model, plan.name, codes)
+    packed = pack_codes(plan.name, codes)
     plain_loss, loss = (relative_loss(weight - rounded, gram, signal) for rounded in (plain, dequantize(packed)))
     return packed, LayerLoss(plan.name, IDENTITY, plain_loss, loss)
-
-
-def _what_it_reads(model: PreTrainedModel, name: str, token_ids: Tensor) -> InputStatistics:
-    """From running the model, as it is now, on about SAMPLE_TOKENS of the tokens, evenly spread."""
-    num_rows = max(1, SAMPLE_TOKENS // token_ids.shape[1])
-    sample = token_ids[:: max(1, token_ids.shape[0] // num_rows)][:num_rows]
-    head = model.get_submodule(name)
-    counter = _InputCounter(linear_of(model, name).in_features)
-    model.set_submodule(name, counter)
-    try:
-        for chunk in torch.split(sample, max(1, CHUNK_TOKENS // sample.shape[1])):
-            model(chunk, use_cache=False)
-    finally:
-        model.set_submodule(name, head)
-    return counter.total.result()

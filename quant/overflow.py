@@ -4,21 +4,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 
 
-def first_not_finite(model: PreTrainedModel, token_ids: Tensor) -> str:
-    """The module whose output is the first with a NaN or an infinity, on token ids int64 [B, T]; else "the model"."""
+def first_not_finite(module: nn.Module, run: Callable[[], object]) -> str | None:
+    """The module inside of this one whose output is the first with a NaN or an infinity while it runs; else None."""
     found: list[str] = []
-    leaves = ((name, module) for name, module in model.named_modules() if not any(module.children()))
-    hooks = [module.register_forward_hook(_watch(name, found)) for name, module in leaves]
+    leaves = ((name, leaf) for name, leaf in module.named_modules() if not any(leaf.children()))
+    hooks = [leaf.register_forward_hook(_watch(name, found)) for name, leaf in leaves]
     try:
         with torch.inference_mode():
-            model(token_ids, use_cache=False)
+            run()
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "the model"
+    return found[0] if found else None
 
 
 def _watch(name: str, found: list[str]) -> Callable[[nn.Module, tuple[object, ...], object], None]:

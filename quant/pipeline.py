@@ -1,4 +1,4 @@
-"""The walk of a quantization: open, calibrate, take the blocks one by one, write, measure. It owns the loaded model."""
+"""The walk of a quantization: open, calibrate, take the blocks one by one, measure, write. It owns the opened model."""
 
 import resource
 import time
@@ -11,23 +11,25 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import PackedWeight
+from kernels.reference import dequantize
 from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import OptionRange, Shape, budget_of
 from quant.block import check_finite, plain_parameters, round_block_plainly, round_plain_parameters
 from quant.block_search import search_block
 from quant.block_structure import BlockStructures
+from quant.blockwise_model import BlockwiseModel
 from quant.calibration import CalibrationText, CalibrationTokens, calibration_tokens, read_texts
-from quant.capture import embed
 from quant.checkpoint.location import recorded_name
 from quant.checkpoint.output_format import check_fits
 from quant.checkpoint.stored_module import PackedSpec, bits_per_weight
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.held_out import check_quality, measure_held_out, predict_held_out
+from quant.held_out import HeldOutStates, check_quality, read_windows
 from quant.input_statistics import Streams
 from quant.model_card import CARD_FILE, model_card, read_licence
-from quant.model_plan import ModelPlan, mix, plain_names, plan_model, shortcomings
-from quant.model_structure import stored_modules, stored_tensors
-from quant.output_head import round_head_plainly, search_head
+from quant.model_plan import HeadPlan, ModelPlan, mix, plain_names, plan_model, shortcomings
+from quant.model_structure import stored_modules, stored_tensors, untie
+from quant.original_weights import RoundedWeights
+from quant.output_head import HeadInput, round_head_plainly, search_head
 from quant.progress import (
     BlockListener,
     ProgressListener,
@@ -43,19 +45,20 @@ from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import linear_of
 from quant.sensitivity import measure_sensitivity, mixture_of
-from quant.source import SourceModel, context_tokens, open_source
+from quant.source import SourceModel, context_tokens, open_streamed
 
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization under way: what was asked, the model it changes, how its blocks go, where they go.
+    """One quantization under way: what was asked, the original, how its blocks are quantized, where they go.
 
-    num_resumed: the blocks that an earlier run had finished. start_s: when it began, on the monotonic clock; as much
-    earlier as that run had worked.
+    model: the source's, with its weights. num_resumed: the blocks that an earlier run had finished. start_s: when it
+    began, on the monotonic clock; as much earlier as that run had worked.
     """
 
     recipe: Recipe
     source: SourceModel
+    model: BlockwiseModel
     plan: ModelPlan
     writer: CheckpointWriter
     finished: FinishedWork
@@ -67,11 +70,15 @@ class Job:
 
 @dataclass(frozen=True)
 class SearchNumbers:
-    """What the search looked at and says of its losses; empty for plain rounding, which searches nothing."""
+    """What the search looked at and says of its losses; empty for plain rounding, which searches nothing.
+
+    head: the output head, where it is quantized.
+    """
 
     calibration: CalibrationSummary | None = None
     layers: tuple[LayerLoss, ...] = ()
     blocks: tuple[BlockError, ...] = ()
+    head: PackedWeight | None = None
 
 
 @torch.no_grad()
@@ -95,7 +102,7 @@ def quantize(
     texts = read_texts(recipe) if recipe.steps.calibrates else ()
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
-    source = open_source(source_path)
+    source, model = open_streamed(source_path, on_notice)
     meter.report("load", 1, 1)
     recipe = recipe.within_context(context_tokens(source.config))
     plan = plan_model(recipe, source.model)
@@ -113,14 +120,14 @@ def quantize(
         if num_resumed:
             on_notice(_resumption(num_resumed, len(plan.blocks)))
             start_s -= finished.read_block(num_resumed - 1).seconds
-        job = Job(recipe, source, plan, writer, finished, meter, on_block, num_resumed, start_s)
+        job = Job(recipe, source, model, plan, writer, finished, meter, on_block, num_resumed, start_s)
         tokens = _tokens(job, texts) if recipe.steps.calibrates else None
         if tokens is not None and budget_bits is not None:
             job = replace(job, plan=_mix(job, tokens, budget_bits))
-        measure = _measuring(job)
-        numbers = _round_blocks(job) if tokens is None else _search_blocks(job, tokens)
+        held_out = _held_out(job)
+        numbers = _round_blocks(job, held_out) if tokens is None else _search_blocks(job, tokens, held_out)
         _write_outer_tensors(job)
-        report = _report(job, numbers, measure())
+        report = _report(job, numbers, _measure(job, held_out, numbers.head))
         card = model_card(report, out.name, read_licence(source_path), source.config.model_type)
         made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card}
         writer.commit(_checkpoint_config(job), files={**files, **made})
@@ -185,7 +192,7 @@ def _tokens(job: Job, texts: tuple[CalibrationText, ...]) -> CalibrationTokens:
     kept = job.finished.read_tokens()
     if kept is not None:
         return kept
-    tokens = calibration_tokens(job.recipe, job.source, texts, _steps_of(job.meter, "calibrate"))
+    tokens = calibration_tokens(job.recipe, job.model, job.source.tokenizer, texts, _steps_of(job.meter, "calibrate"))
     job.finished.save_tokens(job.writer, tokens)
     return tokens
 
@@ -205,58 +212,77 @@ def _budget(recipe: Recipe, model: PreTrainedModel, plan: ModelPlan) -> int | No
 def _mix(job: Job, tokens: CalibrationTokens, budget_bits: int) -> ModelPlan:
     """The plan with the groupings that the budget allows and the measured losses ask for."""
     allowed = OptionRange(job.recipe.bits, job.recipe.group_size)
-    units = measure_sensitivity(job.plan, allowed, tokens.ids, _steps_of(job.meter, "allocate"))
+    units = measure_sensitivity(job.model, job.plan, allowed, tokens.ids, _steps_of(job.meter, "allocate"))
     return mix(job.plan, mixture_of(units, budget_bits))
 
 
-def _search_blocks(job: Job, tokens: CalibrationTokens) -> SearchNumbers:
+def _search_blocks(job: Job, tokens: CalibrationTokens, held_out: HeldOutStates) -> SearchNumbers:
     """Block after block, each on the states that the quantized blocks before it give and on those of the original."""
-    inputs = embed(job.plan.stack, tokens.ids)
+    (inputs,) = job.model.embed([tokens.ids])
     streams = Streams(inputs, inputs)
+    head_input = None if job.plan.head is None else HeadInput(job.model, tokens.ids)
     structures = BlockStructures()
     layers: list[LayerLoss] = []
     errors: list[BlockError] = []
     _report_blocks(job, 0)
-    for index, (block_name, block) in enumerate(job.plan.stack.blocks.items()):
+    for index, (block_name, block_plan) in enumerate(job.plan.blocks.items()):
+        block = job.model.load_block(index)
+        held_out.follow_original(block, block_name, index)
         # of a finished block, too: what it tells of later ones is then the same as in an unbroken run
-        plan = structures.complete(job.plan.blocks[block_name], block, index, streams.original[0])
+        plan = structures.complete(block_plan, block, index, streams.original[0])
         if index < job.num_resumed:
             done = job.finished.read_block(index)
             streams = replay_block(block, index, streams, done, job.recipe.steps)
         else:
             outcome = search_block(block, block_name, index, streams, plan)
             streams = outcome.next_streams
-            done = _finish(job, index, outcome.packed, SearchNumbers(layers=outcome.layers, blocks=(outcome.error,)))
+            numbers = SearchNumbers(layers=outcome.layers, blocks=(outcome.error,))
+            done = _finish(job, index, block, outcome.packed, numbers)
             job.on_block(outcome.error, outcome.layers)
+        held_out.follow_quantized(block, block_name, index)
+        if head_input is not None:
+            head_input.follow(block, index)
         layers += done.layers
         errors += done.errors
-        _write_block(job, index, done)
+        _write_block(job, block_name, block, done)
         _report_blocks(job, index + 1)
-    if job.plan.head is not None:
-        packed, loss = search_head(job.source.model, job.plan.head, job.recipe.steps, tokens.ids)
-        _write_packed(job, {job.plan.head.name: packed})
+    head = None
+    if job.plan.head is not None and head_input is not None:
+        gram = head_input.statistics(job.model, job.plan.head.name).gram
+        head, loss = search_head(_head_weight(job, job.plan.head), job.plan.head, job.recipe.steps, gram)
+        _write_packed(job, {job.plan.head.name: head})
         layers.append(loss)
     summary = CalibrationSummary(tokens.origins, tokens.digest, tokens.ids.numel())
-    return SearchNumbers(summary, tuple(layers), tuple(errors))
+    return SearchNumbers(summary, tuple(layers), tuple(errors), head)
 
 
-def _round_blocks(job: Job) -> SearchNumbers:
+def _round_blocks(job: Job, held_out: HeldOutStates) -> SearchNumbers:
     """RTN: every block rounded as it is."""
     _report_blocks(job, 0)
-    for index, (block_name, block) in enumerate(job.plan.stack.blocks.items()):
+    for index, (block_name, plan) in enumerate(job.plan.blocks.items()):
+        block = job.model.load_block(index)
+        held_out.follow_original(block, block_name, index)
         if index < job.num_resumed:
             done = job.finished.read_block(index)
             done.restore(block)
         else:
-            plan = job.plan.blocks[block_name]
             packed = round_block_plainly(block, plan)
             round_plain_parameters(block, block_name, plan)
-            done = _finish(job, index, packed, SearchNumbers())
-        _write_block(job, index, done)
+            done = _finish(job, index, block, packed, SearchNumbers())
+        held_out.follow_quantized(block, block_name, index)
+        _write_block(job, block_name, block, done)
         _report_blocks(job, index + 1)
+    head = None
     if job.plan.head is not None:
-        _write_packed(job, {job.plan.head.name: round_head_plainly(job.source.model, job.plan.head)})
-    return SearchNumbers()
+        head = round_head_plainly(_head_weight(job, job.plan.head), job.plan.head)
+        _write_packed(job, {job.plan.head.name: head})
+    return SearchNumbers(head=head)
+
+
+def _head_weight(job: Job, head: HeadPlan) -> Tensor:
+    """The original's, float32; from now on the model has a head of its own."""
+    untie(job.source.model, head.name)
+    return job.model.weights.read(f"{head.name}.weight", torch.float32)
 
 
 def _report_blocks(job: Job, num_done: int) -> None:
@@ -267,10 +293,11 @@ def _report_blocks(job: Job, num_done: int) -> None:
         job.meter.report("quantize", num_done, len(job.plan.blocks))
 
 
-def _finish(job: Job, index: int, packed: Mapping[str, PackedWeight], numbers: SearchNumbers) -> FinishedBlock:
+def _finish(
+    job: Job, index: int, block: nn.Module, packed: Mapping[str, PackedWeight], numbers: SearchNumbers
+) -> FinishedBlock:
     """Put the block of that index, which has its final values, where a later run finds it."""
-    block_name, block = list(job.plan.stack.blocks.items())[index]
-    plain = plain_parameters(block, job.plan.blocks[block_name])
+    plain = plain_parameters(block, list(job.plan.blocks.values())[index])
     done = FinishedBlock(
         packed=packed,
         plain={name: parameter.to(STORAGE_DTYPE) for name, parameter in plain.items()},
@@ -282,8 +309,7 @@ def _finish(job: Job, index: int, packed: Mapping[str, PackedWeight], numbers: S
     return done
 
 
-def _write_block(job: Job, index: int, done: FinishedBlock) -> None:
-    block_name, block = list(job.plan.stack.blocks.items())[index]
+def _write_block(job: Job, block_name: str, block: nn.Module, done: FinishedBlock) -> None:
     _write_packed(job, {f"{block_name}.{linear}": weight for linear, weight in done.packed.items()})
     for name, tensor in done.plain.items():
         _write_plain(job, f"{block_name}.{name}", tensor)
@@ -301,21 +327,17 @@ def _write_packed(job: Job, packed: Mapping[str, PackedWeight]) -> None:
 
 
 def _write_outer_tensors(job: Job) -> None:
-    """Write what is in no block and not quantized, parameters in STORAGE_DTYPE; the model gets the same values.
-
-    Tied weights are one tensor.
-    """
+    """Write what is in no block and not quantized, parameters in STORAGE_DTYPE. Tied weights are one tensor."""
     blocks = f"{job.plan.stack.name}."
     quantized = job.plan.groupings().keys()
-    for name, parameter in job.source.model.named_parameters():
+    for name, _ in job.source.model.named_parameters():
         if not name.startswith(blocks) and name.removesuffix(".weight") not in quantized:
-            stored = parameter.to(STORAGE_DTYPE)
+            stored = job.model.weights.read(name, STORAGE_DTYPE)
             check_finite(f"{name} as {STORAGE_DTYPE}", stored)
             _write_plain(job, name, stored)
-            parameter.copy_(stored)
     for name, tensor in job.source.model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, nn.Parameter) and not name.startswith(blocks):
-            _write_plain(job, name, tensor)
+            _write_plain(job, name, job.model.weights.read(name, tensor.dtype))
 
 
 def _write_plain(job: Job, name: str, tensor: Tensor) -> None:
@@ -323,21 +345,25 @@ def _write_plain(job: Job, name: str, tensor: Tensor) -> None:
         job.writer.add_tensor(stored_name, stored)
 
 
-def _measuring(job: Job) -> Callable[[], HeldOutQuality | None]:
-    """Keeps what the original expects; to be called when the model is quantized. It gives None where nothing is asked.
+def _quantized_outside(job: Job, head: PackedWeight | None) -> BlockwiseModel:
+    """The model with what its checkpoint has outside of the blocks."""
+    replaced = {}
+    if job.plan.head is not None and head is not None:
+        replaced[f"{job.plan.head.name}.weight"] = dequantize(head)
+    return replace(job.model, weights=RoundedWeights(job.model.weights, STORAGE_DTYPE, replaced))
 
-    The call raises QualityError when the result is worse than the recipe allows.
-    """
-    if job.recipe.num_windows == 0:
-        return lambda: None
-    kept = predict_held_out(job.source.model, job.source.tokenizer, job.recipe.num_windows, job.meter)
 
-    def measure() -> HeldOutQuality:
-        quality = measure_held_out(kept, job.source.model, job.meter)
+def _held_out(job: Job) -> HeldOutStates:
+    windows = read_windows(job.source.config, job.source.tokenizer, job.recipe.num_windows)
+    return HeldOutStates(windows, job.model, _quantized_outside(job, None))
+
+
+def _measure(job: Job, held_out: HeldOutStates, head: PackedWeight | None) -> HeldOutQuality | None:
+    """None where nothing is asked. Raises QualityError when the result is worse than the recipe allows."""
+    quality = held_out.measure(job.model, _quantized_outside(job, head), job.meter)
+    if quality is not None:
         check_quality(quality, job.recipe.max_kl)
-        return quality
-
-    return measure
+    return quality
 
 
 def _checkpoint_config(job: Job) -> dict[str, object]:

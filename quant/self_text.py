@@ -13,7 +13,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from quant.blockwise_model import BlockwiseModel
 from quant.errors import QuantizationError, SourceError
+from quant.machine_memory import available_bytes
 from quant.overflow import first_not_finite
 
 # short openings over the kinds of text a model is asked for; the model writes the rest
@@ -35,6 +37,24 @@ PROMPTS = (
     "List ten facts about the human heart.",
     "Write a biography of a scientist of the 19th century.",
 )
+
+
+def open_writer(model: BlockwiseModel, shape: tuple[int, int]) -> PreTrainedModel:
+    """The model with all its weights, to write [rows, tokens]: in bfloat16 where it is stored so, else in float32.
+
+    Writing needs all blocks for every token, so they are not read one by one. Raises SourceError when there is no
+    room for them.
+    """
+    dtype = torch.bfloat16 if model.weights.dtype == torch.bfloat16 else torch.float32
+    num_bytes = dtype.itemsize * (_num_parameters(model.model) + shape[0] * shape[1] * _cached_values(model.model))
+    free_bytes = available_bytes()
+    if free_bytes is not None and free_bytes < num_bytes:
+        raise SourceError(
+            f"the model takes about {num_bytes / 1e9:.1f} GB of memory to write its own calibration text, and "
+            f"{free_bytes / 1e9:.1f} GB are free; calibrate on a text alone, with its share, like --calib wikitext:1: "
+            "that needs one block at a time"
+        )
+    return model.load_whole(dtype)
 
 
 def write_text(
@@ -64,7 +84,8 @@ def write_text(
             logits = model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
             # the sum is finite only where all are, and takes a tenth of the time of looking at each
             if not bool(torch.isfinite(logits.sum())):
-                culprit = first_not_finite(model, written[:, : position + 1])
+                read = written[:, : position + 1]
+                culprit = first_not_finite(model, lambda: model(read, use_cache=False)) or "the model"  # noqa: B023
                 raise QuantizationError(f"the model cannot write its own text: the output of {culprit} is not finite")
             column = draw(logits, generator)
             for row, queue in enumerate(waiting):
@@ -151,6 +172,18 @@ def _openings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
             raise SourceError(f"the model's chat template cannot be rendered: {error}") from error
         openings += [tokenizer(text, add_special_tokens=False)["input_ids"], [first_id]]
     return openings
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cached_values(model: PreTrainedModel) -> int:
+    """Keys and values of one token in all blocks, at most."""
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * num_heads * head_width)
 
 
 def _end_ids(model: PreTrainedModel) -> set[int]:

@@ -1,4 +1,4 @@
-"""Measures how much a model's hidden states change when some of its linears are rounded. It leaves every weight as is.
+"""Measures how much a model's hidden states change when some of its linears are rounded. It keeps no weight.
 
 The measure is the change of the block's output, as a share of the output, by token. Errors of a linear's own output
 would not compare: a share of the queries' passes through a softmax, one of the down projection goes straight into
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from quant.bit_allocation import Option, OptionRange, Shape, allocate
 from quant.block_groups import ScaleGroup, share_inputs
-from quant.capture import BlockInput, embed, run_block
+from quant.blockwise_model import BlockwiseModel
+from quant.capture import BlockInput, run_block
 from quant.model_plan import ModelPlan
 from quant.rounding import round_plainly
 from quant.scale_groups import linear_of
@@ -33,19 +34,23 @@ class Unit:
 
 
 def measure_sensitivity(
-    plan: ModelPlan, allowed: OptionRange, token_ids: Tensor, report: Callable[[int, int], None]
+    model: BlockwiseModel,
+    plan: ModelPlan,
+    allowed: OptionRange,
+    token_ids: Tensor,
+    report: Callable[[int, int], None],
 ) -> tuple[Unit, ...]:
     """What plain rounding of each unit loses, every other one being as it was; token_ids int64 [sequences, T].
 
     Linears that read one input are a unit: they run as one layer when they are served. So are the same linears of a
     block's experts, which see too few tokens one by one. report hears how many blocks of how many are measured.
     """
-    inputs = embed(plan.stack, sample_of(token_ids))
+    (inputs,) = model.embed([sample_of(token_ids)])
     units: list[Unit] = []
-    blocks = plan.stack.blocks
-    for index, (name, block) in enumerate(blocks.items()):
-        report(index, len(blocks))
-        groups = share_inputs(plan.blocks[name].groups, block, index, inputs[0])
+    for index, (name, block_plan) in enumerate(plan.blocks.items()):
+        report(index, len(plan.blocks))
+        block = model.load_block(index)
+        groups = share_inputs(block_plan.groups, block, index, inputs[0])
         outputs = [run_block(block, index, chunk) for chunk in inputs]
         for linears in _units_of(groups):
             num_inputs = linear_of(block, linears[0]).in_features
@@ -59,7 +64,7 @@ def measure_sensitivity(
             )
             units.append(Unit(tuple(f"{name}.{linear}" for linear in linears), options))
         inputs = outputs
-    report(len(blocks), len(blocks))
+    report(len(plan.blocks), len(plan.blocks))
     return tuple(units)
 
 

@@ -6,20 +6,27 @@ Reads a Hugging Face directory (safetensors only) or a GGUF file. Runs no code t
 import json
 import struct
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from quant.blockwise_model import BlockwiseModel, hold_nothing
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
+from quant.checkpoint.tensor_files import StoredTensor, find_tensors
+from quant.checkpoint.tensor_spec import TensorSpec
 from quant.errors import SourceError
 from quant.linear_experts import linearize_experts
+from quant.original_weights import HeldWeights, OriginalWeights, find_stored
 
 GGUF_MAGIC = b"GGUF"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -67,7 +74,10 @@ LOADING_ERRORS = (
 
 @dataclass(frozen=True)
 class SourceModel:
-    """model: in float32 on the CPU, in eval mode, experts as linears. path: the directory or .gguf file it is from."""
+    """model: in float32 on the CPU or without memory on the meta device, in eval mode, experts as linears.
+
+    path: the directory or .gguf file it is from.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -126,6 +136,28 @@ def open_source(path: Path) -> SourceModel:
     return _load(path, path, gguf_file=None)
 
 
+def open_streamed(path: Path, on_notice: Callable[[str], None]) -> tuple[SourceModel, BlockwiseModel]:
+    """Open what `open_source` opens, to be read block by block: the source's model is the other's, without weights.
+
+    A GGUF file is held in memory whole, and so is a model whose files hold its tensors in another layout than it
+    computes with; on_notice hears of the latter. Raises what `open_source` does.
+    """
+    if path.is_dir():
+        check_directory(path)
+        files = find_tensors(path)
+        source = _load_skeleton(path, files)
+        stored = find_stored(source.model, files)
+        if stored is not None:
+            _check_finite(path, [name for name, _ in source.model.named_parameters()], stored)
+            return source, BlockwiseModel(source.model, stored)
+        on_notice(
+            f"{source.config.model_type} models are stored in another layout than they compute with, so this one is "
+            "held in memory whole, 4 bytes a parameter"
+        )
+    source = open_source(path)
+    return source, BlockwiseModel(source.model, HeldWeights(hold_nothing(source.model)))
+
+
 def context_tokens(config: PreTrainedConfig) -> int | None:
     """How many tokens the model reads at once, at most; None where its config sets no limit."""
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -157,7 +189,7 @@ def _open_gguf(file: Path) -> SourceModel:
 
 
 def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
-    try:
+    with _naming(path):
         # parsed once and handed on: transformers would parse a GGUF file again for every question
         config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -173,18 +205,67 @@ def _load(path: Path, directory: Path, *, gguf_file: str | None) -> SourceModel:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    source = _checked(path, loaded, tokenizer)
+    parameters = dict(source.model.named_parameters())
+    _check_finite(path, parameters, HeldWeights(parameters))
+    return source
+
+
+def _load_skeleton(path: Path, files: Mapping[str, StoredTensor]) -> SourceModel:
+    """The model without memory for its weights, as it would be after it was loaded from these files."""
+    with _naming(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model_class = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+        loaded: object = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: _Announced(tensor.spec) for name, tensor in files.items()},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return _checked(path, loaded, tokenizer)
+
+
+class _Announced:
+    """What transformers takes for a tensor in a file, and loads into no memory."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._spec = spec
+
+    def __getitem__(self, _whole: object) -> "_Announced":
+        return self
+
+    def to(self, device: object, dtype: torch.dtype | None) -> Tensor:
+        """The tensor of that dtype on the meta device, whatever device is asked for."""
+        del device
+        return torch.empty(self._spec.shape, dtype=dtype or self._spec.dtype, device="meta")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what transformers and gguf raise into a SourceError that names the model."""
+    try:
+        yield
     except LOADING_ERRORS as error:
         # transformers advises an option there that is not given here
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own (auto_map), and code that comes with a model is never run"
         raise SourceError(f"{path} cannot be loaded as a language model: {reason if needs_code else error}") from error
+
+
+def _checked(path: Path, loaded: object, tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+    """The source, of what from_pretrained gave with its loading info."""
     model, loading = cast(tuple[PreTrainedModel, dict[str, list[object]]], loaded)
     _check_loading(path, loading)
-    _check_finite(path, model)
     _check_token_ids(path, model)
     linearize_experts(model)
     # transformers' default is 1e30, which would be written into the checkpoint
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context_tokens(config) or tokenizer.model_max_length)
+    limit = context_tokens(model.config) or tokenizer.model_max_length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    model.train(mode=False)
     return SourceModel(model=model, tokenizer=tokenizer, config=model.config, path=path)
 
 
@@ -208,11 +289,11 @@ def _check_loading(path: Path, loading: dict[str, list[object]]) -> None:
         )
 
 
-def _check_finite(path: Path, model: PreTrainedModel) -> None:
+def _check_finite(path: Path, names: Iterable[str], weights: OriginalWeights) -> None:
     """Raises SourceError naming the first tensor that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            num_bad = int((~torch.isfinite(parameter)).sum())
+    for name in names:
+        num_bad = sum(int((~torch.isfinite(piece)).sum()) for piece in weights.pieces(name))
+        if num_bad:
             raise SourceError(
                 f"{path}: {name} has {num_bad} values that are not finite, so the model is damaged; fetch it again"
             )

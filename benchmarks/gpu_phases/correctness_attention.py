@@ -13,8 +13,9 @@ from benchmarks.gpu_phases.operands import Sequences, batch_of, random_cache, ra
 from benchmarks.gpu_phases.sizes import HALF_TYPES, HalfName, HeadShape
 from benchmarks.gpu_phases.verdicts import same_bits, verdict
 from kernels import reference
-from kernels.paged_attention import paged_attention, write_kv
+from kernels.paged_attention import paged_attention
 from kernels.paged_batch import AttentionBatch, PagedLayer
+from kernels.write_kv import write_kv
 
 TABLE = "Attention against float32"
 # weights are rounded to the cache's dtype before they multiply the values, and the result once more

@@ -25,7 +25,8 @@ from benchmarks.gpu_phases.stopwatch import make_stopwatch
 from kernels.dispatch import MAX_GEMV_ROWS
 from kernels.gemm_int4 import gemm_int4
 from kernels.gemv_int4 import gemv_int4
-from kernels.paged_attention import paged_attention, write_kv
+from kernels.paged_attention import paged_attention
+from kernels.write_kv import write_kv
 
 # one in each bucket of kernels/tiles.py, and one for the kernel of many rows
 ROWS = (1, 16, 32, 64, 65)

@@ -1,9 +1,15 @@
-"""Which safetensors files a checkpoint has and what their headers promise. Loads no tensor, and no pickle ever."""
+"""Which safetensors files a checkpoint has, what their headers promise, and rows of their tensors. No pickle ever."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
+from itertools import groupby
 from pathlib import Path
 from typing import TypeGuard
+
+import torch
+from torch import Tensor
 
 from quant.checkpoint.tensor_spec import SAFETENSORS_DTYPES, TensorSpec
 from quant.errors import CheckpointError
@@ -19,10 +25,11 @@ DOWNLOAD_AGAIN = "the file is damaged or its download stopped; fetch it again"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, and what the file's header says it is."""
+    """Where a tensor lies: its file, the file's byte where it starts, and what the file's header says it is."""
 
     file: Path
     spec: TensorSpec
+    start: int
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -33,7 +40,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
-        return {name: StoredTensor(single, spec) for name, spec in read_header(single).items()}
+        return read_header(single)
     if index.is_file():
         return _find_sharded(directory, index)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
@@ -45,7 +52,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
-def read_header(file: Path) -> dict[str, TensorSpec]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors that a safetensors file declares, checked against each other and against the file's size.
 
     Raises CheckpointError naming the file. Format: https://huggingface.co/docs/safetensors (Format).
@@ -64,12 +71,31 @@ def read_header(file: Path) -> dict[str, TensorSpec]:
         header = _parse_object(stream.read(header_bytes), file)
     header.pop("__metadata__", None)
     spans: list[tuple[int, int, str]] = []
-    specs: dict[str, TensorSpec] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
-        specs[name], (start, stop) = _parse_entry(name, entry, file)
+        spec, (start, stop) = _parse_entry(name, entry, file)
         spans.append((start, stop, name))
+        tensors[name] = StoredTensor(file, spec, HEADER_LENGTH_BYTES + header_bytes + start)
     _check_spans(spans, data_bytes, file)
-    return specs
+    return tensors
+
+
+def read_rows(stored: StoredTensor, rows: Iterable[int]) -> Tensor:
+    """These rows of a tensor with a first dimension, in its dtype on the CPU, in a memory of their own.
+
+    They are read, not mapped: the pages of a mapped file count as this process's memory until the file is closed.
+    Raises CheckpointError when the file has become shorter.
+    """
+    wanted = rows if isinstance(rows, range) else list(rows)
+    num_rows, *row_shape = stored.spec.shape
+    row_bytes = stored.spec.num_bytes // max(1, num_rows)
+    made = torch.empty((len(wanted), *row_shape), dtype=stored.spec.dtype)
+    target = made.view(-1).view(torch.uint8).numpy().data
+    with stored.file.open("rb", buffering=0) as stream:
+        for place, first, length in _runs(wanted):
+            stream.seek(stored.start + first * row_bytes)
+            _fill(target[place * row_bytes : (place + length) * row_bytes], stream, stored.file)
+    return made
 
 
 def read_json_object(file: Path) -> dict[str, object]:
@@ -81,7 +107,7 @@ def _find_sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to files: {DOWNLOAD_AGAIN}")
-    headers: dict[str, dict[str, TensorSpec]] = {}
+    headers: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -93,8 +119,27 @@ def _find_sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
             headers[shard] = read_header(file)
         if name not in headers[shard]:
             raise CheckpointError(f"{index} places {name} in {shard}, which has no such tensor: {DOWNLOAD_AGAIN}")
-        tensors[name] = StoredTensor(file, headers[shard][name])
+        tensors[name] = headers[shard][name]
     return tensors
+
+
+def _runs(rows: range | list[int]) -> Iterator[tuple[int, int, int]]:
+    """The rows that follow one another, as (place in the list, first row, number of rows)."""
+    if isinstance(rows, range) and rows.step == 1:
+        yield 0, rows.start, len(rows)
+        return
+    for _, run in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
+        (place, first), *others = run
+        yield place, first, 1 + len(others)
+
+
+def _fill(target: memoryview, stream: FileIO, file: Path) -> None:
+    """Read until the target is full: one call reads 2 GB at most."""
+    while target:
+        num_bytes = stream.readinto(target)
+        if not num_bytes:
+            raise CheckpointError(f"{file} has become shorter while it was read: {DOWNLOAD_AGAIN}")
+        target = target[num_bytes:]
 
 
 def _parse_object(data: bytes, file: Path) -> dict[str, object]:

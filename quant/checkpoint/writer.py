@@ -25,7 +25,7 @@ from quant.checkpoint.work_folder import WorkFolder, flush_to_disk, folders_for
 from quant.errors import OutputError, QualityError, Terminated, WriteError
 
 # a shard is held in memory until it is written, and many tools read a checkpoint shard by shard
-DEFAULT_SHARD_BYTES = 2 * 1024**3
+DEFAULT_SHARD_BYTES = 512 * 1024**2
 # in the hidden folder: what becomes the checkpoint, and what is finished for a later run to go on with
 CHECKPOINT_FOLDER = "checkpoint"
 FINISHED_FOLDER = "finished"
@@ -98,7 +98,7 @@ class CheckpointWriter:
             self._folder.remove()
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Keep a copy of the tensor under `name`; a full shard is written out at once.
+        """Keep a copy of the tensor under `name`; a full shard is written out, and a tensor that fills one.
 
         Raises ValueError when the name was added before, OutputError when the disk is full.
         """
@@ -106,12 +106,16 @@ class CheckpointWriter:
             raise ValueError(f"{name} was added to the checkpoint before")
         self._names.add(name)
         tensor_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + tensor_bytes > self._shard_bytes:
+        self._total_bytes += tensor_bytes
+        if self._pending_bytes + tensor_bytes > self._shard_bytes:
             self._write_shard()
+        if tensor_bytes >= self._shard_bytes:
+            self._pending[name] = tensor.detach().cpu().contiguous()
+            self._write_shard()
+            return
         # a copy, because the caller may fold scales into its tensor before the shard is written
         self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._pending_bytes += tensor_bytes
-        self._total_bytes += tensor_bytes
 
     def add_packed(self, module_name: str, weight: PackedWeight) -> None:
         """Encode a ROW_MAJOR weight in the writer's format, as tensors named after the module.

@@ -14,9 +14,10 @@ import torch
 from quant.calibration import CalibrationTokens, calibration_tokens, read_texts
 from quant.errors import RecipeError, SourceError
 from quant.method import Method
+from quant.progress import ignore_notice
 from quant.recipe import Recipe
 from quant.report import CalibrationOrigin
-from quant.source import SourceModel, open_source
+from quant.source import SourceModel, open_source, open_streamed
 from tests.tiny_models import IM_START_ID, save_tiny_model
 
 
@@ -30,7 +31,8 @@ def ignore_step(done: int, total: int) -> None:
 
 
 def tokens_of(recipe: Recipe, source: SourceModel) -> CalibrationTokens:
-    return calibration_tokens(recipe, source, read_texts(recipe), ignore_step)
+    _, model = open_streamed(source.path, ignore_notice)
+    return calibration_tokens(recipe, model, source.tokenizer, read_texts(recipe), ignore_step)
 
 
 def recipe_for(text: Path | str, num_samples: int = 5) -> Recipe:

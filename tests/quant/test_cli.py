@@ -51,7 +51,7 @@ def test_json_progress_is_one_event_a_line_and_ends_with_the_report(model: Path,
     blocks = [event for event in events if event["event"] == "block"]
     *progress, done = (event for event in events if event["event"] != "block")
     assert all(set(event) == {"event", "phase", "done", "total", "seconds_left"} for event in progress)
-    assert list(dict.fromkeys(event["phase"] for event in progress)) == ["load", "calibrate", "evaluate", "quantize"]
+    assert list(dict.fromkeys(event["phase"] for event in progress)) == ["load", "calibrate", "quantize", "evaluate"]
     assert done["event"] == "done"
     assert done["output"] == str(tmp_path / "out")
     assert done["report"]["recipe"]["num_samples"] == 4

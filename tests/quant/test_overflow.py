@@ -18,10 +18,10 @@ def test_the_first_module_that_overflows_is_named(tmp_path: Path) -> None:
         model.get_parameter("model.layers.0.mlp.gate_proj.weight").fill_(3e38)
         model.get_parameter("model.norm.weight").fill_(float("inf"))
 
-    assert first_not_finite(model, TOKENS) == "model.layers.0.mlp.gate_proj"
+    assert first_not_finite(model, lambda: model(TOKENS)) == "model.layers.0.mlp.gate_proj"
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_where_everything_is_finite_nothing_smaller_than_the_model_is_named(tmp_path: Path) -> None:
+def test_where_everything_is_finite_no_module_is_named(tmp_path: Path) -> None:
     model = open_source(save_tiny_model("llama", tmp_path)).model
-    assert first_not_finite(model, TOKENS) == "the model"
+    assert first_not_finite(model, lambda: model(TOKENS)) is None

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from quant.self_text import draw, write_text
-from quant.source import SourceModel, open_source
+from quant.errors import SourceError
+from quant.progress import ignore_notice
+from quant.self_text import draw, open_writer, write_text
+from quant.source import SourceModel, open_source, open_streamed
 from tests.tiny_models import IM_END_ID, IM_START_ID, save_tiny_model
 
 
@@ -78,3 +81,31 @@ def test_what_is_written_is_what_the_model_gives_for_all_that_was_written_before
     assert torch.get_float32_matmul_precision() == "highest"
     # the first row opens with a prompt, the second with one token
     assert torch.equal(rows[1, 1:], most_likely[1, :-1])
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_a_model_writes_in_bfloat16_only_where_it_is_stored_so(
+    stored: torch.dtype, expected: torch.dtype, tmp_path: Path
+) -> None:
+    _, model = open_streamed(save_tiny_model("llama", tmp_path, dtype=stored), ignore_notice)
+    writer = open_writer(model, (2, 8))
+    assert {parameter.dtype for parameter in writer.parameters()} == {expected}
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+
+
+def test_a_model_that_has_no_room_to_write_is_refused_with_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = open_streamed(save_tiny_model("llama", tmp_path), ignore_notice)
+    # 4 bytes for each weight, and for the 2 layers' keys and values of 2 heads of 16 at each of 10 x 100 tokens
+    num_bytes = 4 * (sum(parameter.numel() for parameter in model.model.parameters()) + 10 * 100 * 2 * 2 * 2 * 16)
+    monkeypatch.setattr("quant.self_text.available_bytes", lambda: num_bytes - 1)
+    with pytest.raises(
+        SourceError, match=r"takes about 0\.0 GB of memory to write .* calibrate on a text alone, .* --calib wikitext:1"
+    ):
+        open_writer(model, (10, 100))
+    monkeypatch.setattr("quant.self_text.available_bytes", lambda: num_bytes)
+    open_writer(model, (10, 100))

@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import OptionRange
-from quant.capture import embed, run_block
+from quant.blockwise_model import BlockwiseModel
+from quant.capture import run_block
 from quant.model_plan import ModelPlan, plan_model
 from quant.recipe import Recipe
 from quant.rounding import round_plainly
 from quant.scale_groups import linear_of
 from quant.scale_search import Grouping
 from quant.sensitivity import Unit, measure_sensitivity, mixture_of, sample_of
+from tests.quant.blockwise_models import to_blockwise
 from tests.quant.tiny_families import VARIANTS, open_tiny
 
 TOKENS = torch.arange(4 * 40).view(4, 40) * 7 % 256
@@ -22,14 +23,14 @@ ALLOWED = OptionRange(4, None)
 BLOCK = "model.layers.0"
 
 
-def opened(name: str, directory: Path) -> tuple[PreTrainedModel, ModelPlan]:
+def opened(name: str, directory: Path) -> tuple[BlockwiseModel, ModelPlan]:
     model = open_tiny(next(variant for variant in VARIANTS if variant.name == name), directory)
-    return model, plan_model(Recipe(), model)
+    return to_blockwise(model), plan_model(Recipe(), model)
 
 
-def measured(plan: ModelPlan) -> tuple[Unit, ...]:
+def measured(model: BlockwiseModel, plan: ModelPlan) -> tuple[Unit, ...]:
     with torch.no_grad():
-        return measure_sensitivity(plan, ALLOWED, TOKENS, lambda done, total: None)
+        return measure_sensitivity(model, plan, ALLOWED, TOKENS, lambda done, total: None)
 
 
 def short_names(units: tuple[Unit, ...], block: str = BLOCK) -> list[tuple[str, ...]]:
@@ -39,8 +40,8 @@ def short_names(units: tuple[Unit, ...], block: str = BLOCK) -> list[tuple[str, 
 
 
 def test_linears_that_read_one_input_are_a_unit(tmp_path: Path) -> None:
-    _, plan = opened("llama", tmp_path)
-    assert short_names(measured(plan)) == [
+    model, plan = opened("llama", tmp_path)
+    assert short_names(measured(model, plan)) == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),
@@ -49,28 +50,28 @@ def test_linears_that_read_one_input_are_a_unit(tmp_path: Path) -> None:
 
 
 def test_the_same_linears_of_all_experts_of_a_block_are_a_unit(tmp_path: Path) -> None:
-    _, plan = opened("mixtral", tmp_path)
-    units = short_names(measured(plan))
+    model, plan = opened("mixtral", tmp_path)
+    units = short_names(measured(model, plan))
     assert tuple(f"mlp.experts.{number}.w2" for number in range(4)) in units
     assert sum("experts" in name for unit in units for name in unit) == 4 * 3
 
 
 def test_linears_of_one_input_are_found_where_the_architecture_has_no_row(tmp_path: Path) -> None:
     # given OPT-350m, whose norms come after what they would feed
-    _, plan = opened("opt-350m", tmp_path)
-    units = short_names(measured(plan), "model.decoder.layers.0")
+    model, plan = opened("opt-350m", tmp_path)
+    units = short_names(measured(model, plan), "model.decoder.layers.0")
     assert {frozenset(unit) for unit in units} >= {frozenset(f"self_attn.{x}_proj" for x in "qkv")}
 
 
 def test_the_loss_is_the_change_of_the_blocks_output_as_a_share_of_it(tmp_path: Path) -> None:
     model, plan = opened("llama", tmp_path)
-    unit = next(unit for unit in measured(plan) if unit.linears == (f"{BLOCK}.mlp.down_proj",))
+    unit = next(unit for unit in measured(model, plan) if unit.linears == (f"{BLOCK}.mlp.down_proj",))
     option = next(option for option in unit.options if option.grouping == Grouping(4, 32))
 
     # the same by hand: the down projection adds its output to the states
-    block = model.get_submodule(BLOCK)
+    block = model.load_block(0)
     with torch.no_grad():
-        (chunk,) = embed(plan.stack, TOKENS)
+        ((chunk,),) = model.embed([TOKENS])
         before = run_block(block, 0, chunk).hidden
         weight = linear_of(block, "mlp.down_proj").weight
         weight.copy_(round_plainly(weight, 32, 4))
@@ -81,23 +82,23 @@ def test_the_loss_is_the_change_of_the_blocks_output_as_a_share_of_it(tmp_path: 
 
 
 def test_more_bits_lose_less(tmp_path: Path) -> None:
-    _, plan = opened("llama", tmp_path)
-    for unit in measured(plan):
+    model, plan = opened("llama", tmp_path)
+    for unit in measured(model, plan):
         losses = {option.grouping: option.loss for option in unit.options}
         assert losses[Grouping(8, WHOLE_ROW)] < losses[Grouping(4, 32)] / 50
 
 
 def test_measuring_changes_no_weight(tmp_path: Path) -> None:
     model, plan = opened("llama", tmp_path)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    measured(plan)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    before = model.load_block(0).state_dict()
+    measured(model, plan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.load_block(0).state_dict().items())
 
 
 def test_all_linears_of_a_unit_get_the_same(tmp_path: Path) -> None:
     model, plan = opened("llama", tmp_path)
-    units = measured(plan)
-    num_weights = sum(linear_of(model, name).weight.numel() for name in plan.block_groupings())
+    units = measured(model, plan)
+    num_weights = sum(linear_of(model.model, name).weight.numel() for name in plan.block_groupings())
 
     groupings = mixture_of(units, int(5.5 * num_weights))
 

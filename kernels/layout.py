@@ -136,14 +136,12 @@ def concatenate_rows(weights: list[PackedWeight]) -> PackedWeight:
                 f"K={first.shape[1]}, {first.bits} bits, group {first.group_size} against "
                 f"K={weight.shape[1]}, {weight.bits} bits, group {weight.group_size}"
             )
-    return PackedWeight(
+    return replace(
+        first,
         codes=torch.cat([weight.codes for weight in weights]),
         scales=torch.cat([weight.scales for weight in weights]),
         zeros=torch.cat([weight.zeros for weight in weights]),
         shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
-        bits=first.bits,
-        group_size=first.group_size,
-        layout=WeightLayout.ROW_MAJOR,
     )
 
 

@@ -245,6 +245,8 @@ def _search_blocks(job: Job, tokens: CalibrationTokens, held_out: HeldOutStates)
         layers += done.layers
         errors += done.errors
         _write_block(job, block_name, block, done)
+        # before the next is read
+        del block
         _report_blocks(job, index + 1)
     head = None
     if job.plan.head is not None and head_input is not None:
@@ -271,6 +273,8 @@ def _round_blocks(job: Job, held_out: HeldOutStates) -> SearchNumbers:
             done = _finish(job, index, block, packed, SearchNumbers())
         held_out.follow_quantized(block, block_name, index)
         _write_block(job, block_name, block, done)
+        # before the next is read
+        del block
         _report_blocks(job, index + 1)
     head = None
     if job.plan.head is not None:

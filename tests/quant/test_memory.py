@@ -42,7 +42,8 @@ def test_more_blocks_take_little_more_than_what_is_waiting_to_be_written(tmp_pat
     ended = subprocess.run(
         [sys.executable, "-c", QUANTIZE_ALL, str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # what is freed goes back to the system at once, so that the peak is what was held, and no holes between
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         timeout=900,
@@ -53,6 +54,6 @@ def test_more_blocks_take_little_more_than_what_is_waiting_to_be_written(tmp_pat
     assert ended.returncode == 0, ended.stderr
     peaks = json.loads(ended.stdout.splitlines()[-1])
     more_bytes = 4 * (SHAPES["many"].parameters - SHAPES["few"].parameters)
-    assert peaks["many gptq"] - peaks["few gptq"] < 0.5 * more_bytes
+    assert peaks["many gptq"] - peaks["few gptq"] < 0.3 * more_bytes
     # and is what is promised
     assert max(peaks.values()) < 1.5 * 4 * SHAPES["many"].block_parameters + 2e9

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_operands import check_write
+from kernels.attention_operands import check_write, codes_of
+from kernels.kv_codes import CODE_DTYPES
+from kernels.kv_words import encode_rows
 from kernels.launch import FUSE_FLOATS, check_half, launch_arch, rounded
 from kernels.paged_batch import PagedLayer
 from kernels.rotary import HeadNorms, Rotation
@@ -27,6 +29,8 @@ def rotate_and_write_kernel(
     queries_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
+    key_scales_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     token_stride: tl.tensor,
     rotation_stride: tl.tensor,
@@ -38,11 +42,12 @@ def rotate_and_write_kernel(
     ROTARY_WIDTH: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
+    CODES: tl.constexpr,
 ) -> None:
     """Program (token, key head): its GROUP query heads to queries [T, H, D], its key and its value to their slot.
 
     heads [T, H + 2 H_kv, D] with tokens token_stride apart; cosines, signed_sines [T, R] with rows rotation_stride
-    apart; keys, values [num_blocks, H_kv, BLOCK_SIZE, D]. The weights of the norms [D] are both None or neither is.
+    apart; the cache as in `PagedLayer`, codes as bytes. The weights of the norms [D] are both None or neither is.
     """
     token = tl.program_id(0).to(tl.int64)
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
@@ -80,14 +85,24 @@ def rotate_and_write_kernel(
         ROTARY_WIDTH,
         TILE_WIDTH,
     )
-    # a quantized cache quantizes here: this program has the whole vector of the key and that of the value
     slot = tl.load(slots_ptr + token)
     cache_offset = slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_WIDTH
     key_mask = (one == 0) & (width < HEAD_WIDTH)[None, :]
-    tl.store(keys_ptr + cache_offset + width[None, :], rounded(key, keys_ptr.dtype.element_ty), mask=key_mask)
-    value_offsets = (first_key + num_kv_heads + kv_head) * HEAD_WIDTH + width
-    value = tl.load(token_ptr + value_offsets, mask=width < HEAD_WIDTH)
-    tl.store(values_ptr + cache_offset + width, value, mask=width < HEAD_WIDTH)
+    value_offsets = (first_key + num_kv_heads + kv_head) * HEAD_WIDTH + width[None, :]
+    value = tl.load(token_ptr + value_offsets, mask=key_mask, other=0.0)
+    key = rounded(key, heads_ptr.dtype.element_ty)
+    if CODES is None:
+        tl.store(keys_ptr + cache_offset + width[None, :], key, mask=key_mask)
+        tl.store(values_ptr + cache_offset + width[None, :], value, mask=key_mask)
+    else:
+        row = cache_offset // HEAD_WIDTH
+        key_codes, key_scale = encode_rows(tl.where(key_mask, key.to(tl.float32), 0.0), CODES)
+        value_codes, value_scale = encode_rows(value.to(tl.float32), CODES)
+        tl.store(keys_ptr + cache_offset + width[None, :], key_codes, mask=key_mask)
+        # the values of an even token and of the next lie side by side
+        tl.store(values_ptr + (row // 2 * HEAD_WIDTH + width[None, :]) * 2 + slot % 2, value_codes, mask=key_mask)
+        tl.store(key_scales_ptr + row + tl.arange(0, 1), key_scale)
+        tl.store(value_scales_ptr + row + tl.arange(0, 1), value_scale)
 
 
 @triton.jit
@@ -137,6 +152,8 @@ def rotate_and_write(
     num_queries = _check_heads(heads, rotation, norms, layer, slot_mapping)
     num_tokens, _, width = heads.shape
     num_kv_heads = layer.keys.shape[1]
+    # encoding is the same for all architectures
+    codes = codes_of(layer, arch=0)
     queries = torch.empty((num_tokens, num_queries, width), dtype=heads.dtype, device=heads.device)
     if num_tokens == 0:
         return queries
@@ -147,8 +164,9 @@ def rotate_and_write(
         None if norms is None else norms.query_weight,
         None if norms is None else norms.key_weight,
         queries,
-        layer.keys,
-        layer.values,
+        *(cache if codes is None else cache.view(torch.uint8) for cache in (layer.keys, layer.values)),
+        layer.key_scales,
+        layer.value_scales,
         slot_mapping,
         heads.stride(0),
         rotation.cosines.stride(0),
@@ -160,6 +178,7 @@ def rotate_and_write(
         ROTARY_WIDTH=rotation.cosines.shape[1],
         TILE_HEADS=triton.next_power_of_2(num_queries // num_kv_heads),
         TILE_WIDTH=head_tile(width),
+        CODES=codes,
         num_warps=COPY_WARPS,
         enable_fp_fusion=FUSE_FLOATS,
     )
@@ -177,8 +196,8 @@ def _check_heads(
             f"heads must be [T, H + {2 * num_kv_heads}, D] with H a multiple of the cache's {num_kv_heads} heads, "
             f"not {list(heads.shape)}"
         )
-    if layer.keys.dtype != heads.dtype:
-        raise ValueError(f"the cache must be in the dtype of heads, {heads.dtype}, not {layer.keys.dtype}")
+    if layer.keys.dtype not in (heads.dtype, *CODE_DTYPES):
+        raise ValueError(f"the cache must be in the dtype of heads, {heads.dtype}, or codes, not {layer.keys.dtype}")
     num_queries = heads.shape[1] - 2 * num_kv_heads
     check_write(heads[:, num_queries:-num_kv_heads], heads[:, -num_kv_heads:], layer, slot_mapping)
     _check_rotation(rotation, heads)

@@ -117,8 +117,9 @@ def _rotary_variant(arch: int, dtype: DType, shape: RotaryShape) -> Variant:
         "block_stride": "i32:16",
         "epsilon": "fp32",
     }
-    constants = {
+    constants: dict[str, int | bool | str | None] = {
         **({} if shape.has_norms else dict.fromkeys(weights)),
+        **dict.fromkeys(("key_scales_ptr", "value_scales_ptr", "CODES")),
         "GROUP": shape.group,
         "BLOCK_SIZE": shape.block_size,
         "HEAD_WIDTH": shape.width,

@@ -26,7 +26,8 @@ def encode(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = LARGEST_CODES[dtype]
     amplitudes = numbers.abs().amax(-1).clamp_min(SMALLEST_AMPLITUDE)
     finite = amplitudes.isfinite()
-    ratios = numbers * (largest / amplitudes)[..., None]
+    # a number over a tensor is its reciprocal times the number to torch, which rounds twice
+    ratios = numbers * (torch.full_like(amplitudes, largest) / amplitudes)[..., None]
     ratios = torch.where(finite[..., None], ratios, 0.0)
     scales = torch.where(finite, amplitudes / largest, float("nan"))
     codes = ratios if dtype.is_floating_point else ratios.round() + INT8_OFFSET

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import reference_fused
+from kernels import reference, reference_fused
 from kernels.fused_rotary import rotate_and_write
+from kernels.kv_codes import CODE_DTYPES
 from kernels.paged_batch import PagedLayer
 from kernels.rotary import HeadNorms, Rotation
+from tests.kernels.attention_scenes import Heads, broken_layer, on_device
 from tests.kernels.launches import DEVICE, HALF_TYPES, LAST_PLACE, fresh_memory_is_nan
 
 NUM_BLOCKS, BLOCK_SIZE = 5, 4
@@ -148,6 +150,28 @@ def test_what_is_not_finite_stays_in_its_token_and_head(value: float) -> None:
     queries[1, 2] = clean[1, 2]
     assert torch.equal(queries, clean)
     assert torch.equal(keys, clean_keys)
+
+
+@pytest.mark.parametrize("cache_dtype", CODE_DTYPES)
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_a_cache_of_codes_gets_the_codes_of_what_another_cache_gets(
+    dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    scene = build_scene(6, dtype=dtype, width=20, with_norms=True)
+    queries, keys, values = run(scene)
+    blocks, offsets = scene.slots // BLOCK_SIZE, scene.slots % BLOCK_SIZE
+    heads = Heads(num_query_heads=6, num_kv_heads=2, width=20, block_size=BLOCK_SIZE)
+    expected = broken_layer(NUM_BLOCKS, heads, cache_dtype)
+    reference.write_kv(keys[blocks, :, offsets], values[blocks, :, offsets], expected, scene.slots)
+
+    layer = on_device(broken_layer(NUM_BLOCKS, heads, cache_dtype))
+    there = scene.on_device()
+    coded_queries = rotate_and_write(there.heads, there.rotation, there.norms, layer, there.slots)
+
+    assert torch.equal(coded_queries.cpu(), queries)
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        ours, theirs = getattr(layer, name), getattr(expected, name)
+        assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8)), name
 
 
 def test_no_tokens_are_no_launch() -> None:

@@ -1,6 +1,6 @@
 """The methods a user can choose, and the steps each is made of. It computes nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -46,6 +46,15 @@ class MethodSteps:
 
 # what of it makes a model calibrated on prose good on code and dialogue as well (docs/benchmarks.md)
 OWN_TEXT_SHARE = 0.25
+_FITTED = MethodSteps(
+    scales=True,
+    correction=True,
+    ranges=True,
+    feedback=True,
+    num_samples=32,
+    sample_tokens=512,
+    own_text_share=OWN_TEXT_SHARE,
+)
 STEPS = {
     Method.RTN: MethodSteps(
         scales=False, correction=False, ranges=False, feedback=False, num_samples=1, sample_tokens=1
@@ -56,22 +65,6 @@ STEPS = {
     Method.AWQ: MethodSteps(
         scales=True, correction=False, ranges=True, feedback=False, num_samples=16, sample_tokens=256
     ),
-    Method.AWQ_GPTQ: MethodSteps(
-        scales=True,
-        correction=True,
-        ranges=True,
-        feedback=True,
-        num_samples=32,
-        sample_tokens=512,
-        own_text_share=OWN_TEXT_SHARE,
-    ),
-    Method.BEST: MethodSteps(
-        scales=True,
-        correction=True,
-        ranges=True,
-        feedback=True,
-        num_samples=128,
-        sample_tokens=512,
-        own_text_share=OWN_TEXT_SHARE,
-    ),
+    Method.AWQ_GPTQ: _FITTED,
+    Method.BEST: replace(_FITTED, num_samples=128),
 }

@@ -86,8 +86,8 @@ def test_a_damaged_model_is_refused_by_the_tensors_name(
 @pytest.mark.parametrize(
     ("calibration", "options", "sentence"),
     [
-        ("text.txt", ("--no-eval",), "the input of model.layers.1.mlp.down_proj has"),
-        ("text.txt", (), "the original cannot be measured: the output of model.layers.1.mlp.up_proj is not finite"),
+        ("text.txt:1", ("--no-eval",), "the input of model.layers.1.mlp.down_proj has"),
+        ("text.txt:1", (), "the original cannot be measured: the output of model.layers.1.mlp.up_proj is not finite"),
         ("self", (), "the model cannot write its own text: the output of model.layers.1.mlp.up_proj is not finite"),
     ],
 )
@@ -153,7 +153,7 @@ def test_an_option_that_cannot_be_is_refused(model: Path, options: tuple[str, ..
 def test_too_little_text_says_how_much_there_is_and_what_to_change(model: Path) -> None:
     text = write_text(model, "x" * 127)
     sentence = "text.txt has 127 tokens; 4 samples of 32 tokens need 128: give more text, or fewer or shorter samples"
-    check_refused(run(model, "--calib", text), model, REFUSED, sentence)
+    check_refused(run(model, "--calib", f"{text}:1"), model, REFUSED, sentence)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["directory", "file"])

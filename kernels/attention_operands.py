@@ -21,12 +21,13 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class AttentionOperands:
-    """What both attention kernels are launched with. group: query heads that share a key head.
+    """What both attention kernels are launched with. arch: as in `tiles`. group: query heads that share a key head.
 
     keys, values: of the layer, codes as int16 words. score_scale, soft_cap: as `capped` takes them.
     sliding_window: NO_WINDOW for none.
     """
 
+    arch: int
     query: Tensor
     layer: PagedLayer
     keys: Tensor
@@ -76,6 +77,7 @@ def check_attention(
     keys, values = (cache if codes is None else cache.view(torch.int16) for cache in (layer.keys, layer.values))
     scale = softmax_scale * _LOG2_E
     return AttentionOperands(
+        arch=arch,
         query=query,
         layer=layer,
         keys=keys,

@@ -132,7 +132,9 @@ def prefill_variant(arch: int, use: Use, shape: HeadShape) -> Variant:
         own["sinks_ptr"] = f"*{use.dtype}:16"
     else:
         sinks["sinks_ptr"] = None
-    return _attention_variant("prefill_kernel", arch, use, shape, prefill_tile(shape.width, shape.group), own, sinks)
+    return _attention_variant(
+        "prefill_kernel", arch, use, shape, prefill_tile(arch, shape.width, shape.group), own, sinks
+    )
 
 
 def _attention_variant(

@@ -125,7 +125,7 @@ def prefill(operands: AttentionOperands, out: Tensor) -> None:
     """Attend the sequences with several new tokens, and leave the others' rows of out [T, H, D] alone."""
     query, layer, batch = operands.query, operands.layer, operands.batch
     width = query.shape[2]
-    tile = prefill_tile(width, operands.group)
+    tile = prefill_tile(operands.arch, width, operands.group)
     tile_rows = row_tile(tile, operands.group)
     num_tiles = triton.cdiv(batch.max_query_len, tile_rows // operands.group)
     prefill_kernel[(num_tiles, layer.keys.shape[1], len(batch.context_lens))](

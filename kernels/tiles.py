@@ -92,14 +92,15 @@ _DESKTOP_TILES = {
     32: LinearTile(num_rows=32, num_columns=64, num_warps=4, num_stages=3),
     64: LinearTile(num_rows=64, num_columns=64, num_warps=4, num_stages=3),
 }
-# groups of less than 128 keep two sums of a tile at once: eight warps where four would spill
+# narrow groups keep two sums of a tile at once: eight warps where four would spill. By architecture, group and bucket
+_EIGHT_WARPS = {
+    rows: LinearTile(num_rows=rows, num_columns=128, num_warps=8, num_stages=stages)
+    for rows, stages in ((16, 4), (32, 4), (64, 3))
+}
 _SMALL_GROUP_TILES = {
-    80: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)},
-    90: {64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3)},
-    100: {
-        32: LinearTile(num_rows=32, num_columns=128, num_warps=8, num_stages=4),
-        64: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=3),
-    },
+    **{(arch, group_size): {64: _EIGHT_WARPS[64]} for arch in (80, 90) for group_size in (32, 64)},
+    (100, 32): {8: _EIGHT_WARPS[16], **_EIGHT_WARPS},
+    (100, 64): {32: _EIGHT_WARPS[32], 64: _EIGHT_WARPS[64]},
 }
 _FEW_ROWS_TILES = {
     80: _SERVER_TILES,
@@ -179,7 +180,7 @@ def few_rows_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
     """The tile for 1 to 64 rows of activations. Raises ValueError for more."""
     for bucket, tile in FEW_ROWS_TILES[arch].items():
         if num_rows <= bucket:
-            return _SMALL_GROUP_TILES.get(arch, {}).get(bucket, tile) if group_size < 128 else tile
+            return _SMALL_GROUP_TILES.get((arch, group_size), {}).get(bucket, tile)
     raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
 
 

@@ -212,12 +212,12 @@ def decode_tile(width: int) -> AttentionTile:
 def prefill_tile(arch: int, width: int, group: int) -> AttentionTile:
     """The tile of prefill for heads of this width, `group` query heads a key head.
 
-    Half the keys where registers do not hold more, which is always on sm120, and elsewhere with the masks of padded
-    heads or the indices of larger groups. More warps where a head is wide.
+    Half the keys where registers do not hold more: always on desktop GPUs, and elsewhere with the masks of padded heads
+    or the indices of larger groups. More warps where a head is wide.
     """
     if width > 128:
         return _WIDE_PREFILL_TILE
-    is_small = arch == 120 or group > 4 or width != head_tile(width)
+    is_small = arch in (86, 89, 120) or group > 4 or width != head_tile(width)
     return _SMALL_PREFILL_TILE if is_small else _PREFILL_TILE
 
 

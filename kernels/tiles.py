@@ -132,7 +132,7 @@ DENSE_ROWS = {80: 512, 90: 1024, 100: 1024}
 
 # three programs on a processor at least
 _DECODE_TILE = AttentionTile(num_rows=8, num_keys=64, num_warps=4, num_stages=3, max_registers=168)
-_WIDE_DECODE_TILE = AttentionTile(num_rows=8, num_keys=32, num_warps=4, num_stages=3, max_registers=168)
+_WIDE_DECODE_TILE = AttentionTile(num_rows=8, num_keys=32, num_warps=8, num_stages=3, max_registers=168)
 _PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2, max_registers=255)
 _SMALL_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=4, num_stages=2, max_registers=255)
 _WIDE_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=8, num_stages=2, max_registers=255)

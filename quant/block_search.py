@@ -206,8 +206,10 @@ def _compared(block: nn.Module, plan: BlockPlan) -> tuple[set[str], set[str]]:
     """The modules whose inputs, and those whose outputs, are compared with the original's."""
     if not plan.steps.correction:
         return set(), set()
-    readers = {writer.reader for writer in plan.writers.values()} - {BLOCK}
-    return ({group.observed for group in plan.groups} | readers) - routed_names(block), {*plan.writers}
+    places = {writer.reader for writer in plan.writers.values()}
+    # what adds to the stream is compared there, where it is read
+    read = {group.observed for group in plan.groups if not plan.writers.keys() >= {*group.linears}}
+    return (read - routed_names(block)) | (places - {BLOCK}), places & {BLOCK}
 
 
 def _capture(

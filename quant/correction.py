@@ -4,7 +4,8 @@ Layers that are quantized before change a linear's inputs. A least-squares step 
 rounded, takes back what of that is linear (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Where a linear adds to
 the residual stream it makes up for the stream's own drift, too: errors then stop growing from block to block.
 
-Legend: N = out features, K = in features, X and Y = inputs in the original and in the quantized model [tokens, K].
+Legend: N = out features, K = in features, X and Y = inputs in the original and in the quantized model [tokens, K],
+T = what the outputs should be [tokens, N].
 """
 
 from collections.abc import Mapping
@@ -23,29 +24,39 @@ SMALLEST_POWER = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens: gram Y^T Y [K, K] and cross X^T Y [K, K] of an input; and of the linears that read it and add
-    to the residual stream drifts E^T Y [N, K], where E is what the output has to add for the stream to be right."""
+    """Sums over tokens, for the linears that read one input: its gram Y^T Y [K, K], and what their outputs should be.
+
+    targets: T^T Y [N, K] of those that add to the residual stream, T being what puts the stream right after them.
+    cross: X^T Y [K, K], which gives the targets of the others; None where there are none.
+    """
 
     gram: Tensor
-    cross: Tensor
-    drifts: Mapping[str, Tensor]
+    cross: Tensor | None
+    targets: Mapping[str, Tensor]
 
     def __add__(self, other: "Moments") -> "Moments":
-        drifts = {name: drift + other.drifts[name] for name, drift in self.drifts.items()}
-        return Moments(self.gram + other.gram, self.cross + other.cross, drifts)
+        cross = None if self.cross is None or other.cross is None else self.cross + other.cross
+        targets = {name: target + other.targets[name] for name, target in self.targets.items()}
+        return Moments(self.gram + other.gram, cross, targets)
 
     def unscaled(self, scale: Tensor) -> "Moments":
         """The moments of inputs Y before they were divided by scale [K]."""
-        drifts = {name: drift * scale for name, drift in self.drifts.items()}
-        return Moments(self.gram * (scale[:, None] * scale[None, :]), self.cross * scale, drifts)
+        return Moments(
+            gram=self.gram * (scale[:, None] * scale[None, :]),
+            cross=None if self.cross is None else self.cross * scale,
+            targets={name: target * scale for name, target in self.targets.items()},
+        )
 
     def target(self, name: str, weight: Tensor, step: int) -> Tensor:
-        """What every step-th output of the named linear should be, against the inputs: (W X^T + E^T) Y [N / step, K].
+        """What every step-th output of the named linear should be, against the inputs: T^T Y [N / step, K].
 
         weight: those rows of the linear's.
         """
-        target = weight @ self.cross
-        return target + self.drifts[name][::step] if name in self.drifts else target
+        if name in self.targets:
+            return self.targets[name][::step]
+        if self.cross is None:
+            raise KeyError(f"nothing is known of what {name} should give")
+        return weight @ self.cross
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,10 @@ class SplitMoments:
 
 
 def correct(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict[str, Tensor]:
-    """The weights V [N, K] that minimise |W X + E - V Y|^2 + r |W - V|^2 over the tokens, for weights W [N, K] by name.
+    """The weights V [N, K] that minimise |T - V Y|^2 + r |W - V|^2 over the tokens, for weights W [N, K] by name.
 
-    V = ((W X^T + E^T) Y + r W) (Y^T Y + r)^-1. The ridge r is the one of RIDGES whose V, fitted to most tokens, is best
+    T is W X, and where the linear adds to the stream W X + E, E being how far the stream has drifted.
+    V = (T^T Y + r W) (Y^T Y + r)^-1. The ridge r is the one of RIDGES whose V, fitted to most tokens, is best
     on the rest, for each linear its own; where none is better there than W, that is returned: little text, or text of
     many kinds, moves little. All linears read one input.
     """
@@ -88,7 +100,7 @@ def _choose_ridges(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict
     rows = torch.cat(list(samples.values()))
 
     def errors(candidate: Tensor) -> list[float]:
-        """Of each linear |W X + E - V Y|^2 on the held-out tokens, less what does not depend on V."""
+        """Of each linear |T - V Y|^2 on the held-out tokens, less what does not depend on V."""
         by_row = ((candidate @ moments.held_out.gram - 2 * held_out) * candidate).sum(dim=1)
         return [float(part.sum()) for part in torch.split(by_row, sizes)]
 
@@ -103,5 +115,8 @@ def _solve(weight: Tensor, target: Tensor, gram: Tensor, ridge: float) -> Tensor
     power = gram.diagonal().mean().clamp(min=SMALLEST_POWER)
     penalty = ridge * power
     # the ridge makes it positive definite by a margin that float32 holds, whatever the tokens
-    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram)))
+    penalised = gram.clone()
+    penalised.diagonal().add_(penalty)
+    factor = torch.linalg.cholesky(penalised)
+    del penalised
     return torch.cholesky_solve((target + penalty * weight).T, factor).T.contiguous()

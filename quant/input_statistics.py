@@ -114,34 +114,38 @@ class StatisticsSum:
 class PairSum:
     """Adds up what linears that share an input are searched and corrected with, in both models."""
 
-    def __init__(self, num_features: int, num_outputs: Mapping[str, int]) -> None:
-        """num_outputs: N of those of the linears that add to the stream, by name."""
+    def __init__(self, num_features: int, num_outputs: Mapping[str, int], *, others: bool) -> None:
+        """num_outputs: N of those of the linears that add to the stream, by name. others: whether any does not."""
         self._magnitude = torch.zeros(num_features)
         self._num_tokens = 0
         self._parts = tuple(
             _Part(
                 gram=_GramSum(num_features),
-                cross=torch.zeros(num_features, num_features),
-                drifts={linear: torch.zeros(size, num_features) for linear, size in num_outputs.items()},
+                cross=torch.zeros(num_features, num_features) if others else None,
+                targets={linear: torch.zeros(size, num_features) for linear, size in num_outputs.items()},
             )
             for _ in ("fit", "held out")
         )
 
-    def add(self, original: Tensor, current: Tensor, weights: Tensor, drifts: Mapping[str, Tensor]) -> None:
-        """Count inputs [tokens, K] of both models, weights [tokens] and the stream's drifts [tokens, N]."""
+    def add(self, original: Tensor | None, current: Tensor, weights: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Count inputs [tokens, K] of both models, weights [tokens] and what should be added to the stream [tokens, N].
+
+        original: None where all linears add to the stream.
+        """
         self._magnitude += current.abs().sum(dim=0)
         self._num_tokens += len(current)
         num_fitted = len(current) - len(current) // HELD_OUT_SHARE
         for part, tokens in zip(self._parts, (slice(num_fitted), slice(num_fitted, None)), strict=True):
             weighted = current[tokens] * weights[tokens, None]
             part.gram.add(weighted, current[tokens])
-            part.cross.addmm_(original[tokens].T, weighted)
-            for linear, drift in drifts.items():
-                part.drifts[linear].addmm_(drift[tokens].T, weighted)
+            if part.cross is not None and original is not None:
+                part.cross.addmm_(original[tokens].T, weighted)
+            for linear, target in targets.items():
+                part.targets[linear].addmm_(target[tokens].T, weighted)
 
     def result(self) -> tuple[InputStatistics, SplitMoments]:
         """What scales and ranges are searched with, and what the linears are corrected with."""
-        fit, held_out = (Moments(part.gram.result(), part.cross, part.drifts) for part in self._parts)
+        fit, held_out = (Moments(part.gram.result(), part.cross, part.targets) for part in self._parts)
         gram = (fit.gram + held_out.gram) / self._num_tokens
         return InputStatistics(gram, self._magnitude / self._num_tokens), SplitMoments(fit, held_out)
 
@@ -151,8 +155,8 @@ class _Part:
     """Sums over one part of the tokens, added to in place."""
 
     gram: _GramSum
-    cross: Tensor
-    drifts: Mapping[str, Tensor]
+    cross: Tensor | None
+    targets: Mapping[str, Tensor]
 
 
 def capture(current: CurrentBlock, names: Sequence[str]) -> dict[str, InputStatistics]:
@@ -184,19 +188,26 @@ def capture_pair(
     own_writers = {
         name: {linear: writer for linear, writer in writers.items() if observed[linear] == name} for name in names
     }
-    places = [writer.reader for writer in writers.values()]
-    read = [*dict.fromkeys([*names, *(place for place in places if place != BLOCK)])]
-    given = [*writers, *([BLOCK] if BLOCK in places else [])]
+    places = {writer.reader for writer in writers.values()}
+    readers, given = places - {BLOCK}, places & {BLOCK}
     routed = routed_names(block)
+    compared = {name for linear, name in observed.items() if linear not in writers} - routed
     alone = {name: _sum_for(block, name) for name in (*names, *later) if name in routed or name in later}
-    paired = {name: _pair_sum_for(block, name, own_writers[name]) for name in names if name not in alone}
+    paired = {
+        name: _pair_sum_for(block, name, own_writers[name], others=name in compared)
+        for name in names
+        if name not in alone
+    }
     for number, weights in enumerate(token_weights):
-        current = pair.current.observe(number, {*read, *later}, given)
-        original = pair.original.observe(number, {*read} - routed, given)
+        current = pair.current.observe(number, {*names, *readers, *later}, {*writers} | given)
+        original = pair.original.observe(number, compared | readers, given)
         for name, total in paired.items():
-            drifts = {linear: _drift(linear, writer, original, current) for linear, writer in own_writers[name].items()}
-            factors = weights if drifts else torch.ones_like(weights)
-            total.add(original.inputs[name], current.inputs[name], factors, drifts)
+            targets = {
+                linear: _target(block.get_submodule(linear), linear, writer, original, current)
+                for linear, writer in own_writers[name].items()
+            }
+            factors = weights if targets else torch.ones_like(weights)
+            total.add(original.inputs.get(name), current.inputs[name], factors, targets)
         for name in alone.keys() & current.inputs.keys():
             rows = current.inputs[name]
             alone[name].add(rows, weights if name in later else torch.ones(len(rows)))
@@ -230,20 +241,24 @@ def relative_weights(outputs: Sequence[BlockInput]) -> list[Tensor]:
     return [weight / mean for weight in weights]
 
 
-def _drift(linear: str, writer: StreamWriter, original: Observation, current: Observation) -> Tensor:
-    """What the linear's output would have to add to put the stream right, float32 [tokens, N]."""
-    return (_stream_without(linear, writer, original) - _stream_without(linear, writer, current)) / writer.multiplier
+def _target(
+    module: nn.Module, linear: str, writer: StreamWriter, original: Observation, current: Observation
+) -> Tensor:
+    """What the product in the linear would have to give for the stream to be as the original's, float32 [tokens, N]."""
+    missing = (_stream(writer, original) - _stream(writer, current)) / writer.multiplier
+    product = current.outputs[linear] + missing
+    bias = dict(module.named_parameters()).get("bias")
+    return product if bias is None else product - bias
 
 
-def _stream_without(linear: str, writer: StreamWriter, seen: Observation) -> Tensor:
-    """The stream after the linear, less what the linear added."""
-    stream = seen.outputs[BLOCK] if writer.reader == BLOCK else seen.inputs[writer.reader]
-    return stream - writer.multiplier * seen.outputs[linear]
+def _stream(writer: StreamWriter, seen: Observation) -> Tensor:
+    """The stream after the linear has added to it."""
+    return seen.outputs[BLOCK] if writer.reader == BLOCK else seen.inputs[writer.reader]
 
 
-def _pair_sum_for(block: nn.Module, name: str, writers: Mapping[str, StreamWriter]) -> PairSum:
+def _pair_sum_for(block: nn.Module, name: str, writers: Mapping[str, StreamWriter], *, others: bool) -> PairSum:
     num_outputs = {linear: len(block.get_submodule(linear).get_parameter("weight")) for linear in writers}
-    return PairSum(block.get_submodule(name).get_parameter("weight").shape[1], num_outputs)
+    return PairSum(block.get_submodule(name).get_parameter("weight").shape[1], num_outputs, others=others)
 
 
 def _show_all_tokens(current: CurrentBlock, seen: Mapping[str, StatisticsSum]) -> dict[str, StatisticsSum]:

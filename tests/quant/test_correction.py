@@ -13,13 +13,14 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def split_moments(original: Tensor, current: Tensor, drift: Tensor | None = None) -> SplitMoments:
+def split_moments(original: Tensor, current: Tensor, target: Tensor | None = None) -> SplitMoments:
+    """target: what the linear called NAME should give, where it adds to the stream."""
     half = len(original) // 2
     fit, held_out = (
         Moments(
             gram=current[tokens].T @ current[tokens],
             cross=original[tokens].T @ current[tokens],
-            drifts={} if drift is None else {NAME: drift[tokens].T @ current[tokens]},
+            targets={} if target is None else {NAME: target[tokens].T @ current[tokens]},
         )
         for tokens in (slice(half), slice(half, None))
     )
@@ -49,7 +50,7 @@ def test_the_drift_of_the_stream_is_made_up_for() -> None:
     drift = inputs @ noise(NUM_FEATURES, NUM_OUTPUTS, seed=1)
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
 
-    corrected = corrected_of(weight, split_moments(inputs, inputs, drift))
+    corrected = corrected_of(weight, split_moments(inputs, inputs, inputs @ weight.T + drift))
 
     remaining = inputs @ weight.T + drift - inputs @ corrected.T
     assert remaining.square().mean() < 0.01 * drift.square().mean()
@@ -61,7 +62,7 @@ def test_what_does_not_carry_over_to_held_out_text_is_left_alone() -> None:
     drift = 3 * noise(60, NUM_OUTPUTS, seed=1)
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
 
-    corrected = corrected_of(weight, split_moments(inputs, inputs, drift))
+    corrected = corrected_of(weight, split_moments(inputs, inputs, inputs @ weight.T + drift))
 
     # plain least squares moves them by more than 0.5
     assert (corrected - weight).square().mean().sqrt() < 0.2
@@ -87,7 +88,7 @@ def test_linears_that_read_one_input_are_corrected_as_each_would_be_alone() -> N
     current = original + 0.3 * noise(400, NUM_FEATURES, seed=1)
     drift = current @ noise(NUM_FEATURES, NUM_OUTPUTS, seed=2)
     weights = {NAME: noise(NUM_OUTPUTS, NUM_FEATURES, seed=3), "wide": 100 * noise(600, NUM_FEATURES, seed=4)}
-    moments = split_moments(original, current, drift)
+    moments = split_moments(original, current, original @ weights[NAME].T + drift)
 
     together = correct(weights, moments)
 

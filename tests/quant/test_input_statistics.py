@@ -108,16 +108,15 @@ def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: P
             even,
         )
 
-    # then the drift at attention's output is that of the block's input, over all tokens together
+    # then attention's output is to be the original's and the drift of the block's input, over all tokens together
     x, y = torch.cat(reads["original"]), torch.cat(reads["current"])
     torch.testing.assert_close(statistics.inputs["self_attn.o_proj"].gram, y.T @ y / len(y))
     split = statistics.moments["self_attn.o_proj"]
     moments = split.fit + split.held_out
     torch.testing.assert_close(moments.gram, y.T @ y)
-    torch.testing.assert_close(moments.cross, x.T @ y)
-    torch.testing.assert_close(
-        moments.drifts["self_attn.o_proj"], (rows(original) - rows(current)).T @ y, atol=1e-3, rtol=1e-4
-    )
+    weight = block.get_submodule("self_attn.o_proj").get_parameter("weight").detach()
+    wanted = x @ weight.T + rows(original) - rows(current)
+    torch.testing.assert_close(moments.targets["self_attn.o_proj"], wanted.T @ y, atol=1e-3, rtol=1e-4)
     # and a quarter of them is held out
     assert float(split.held_out.gram.trace() / moments.gram.trace()) == pytest.approx(0.25, abs=0.05)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quant.rounding import GroupRange, full_range, grid_of, round_onto
 from quant.scale_search import Grouping
+from quant.side_by_side import run_side_by_side
 
 # how far either end of a range may shrink; 1 first, so that a tie keeps the full range
 SHRINKAGES = (1.0, 0.93, 0.86, 0.79, 0.72)
@@ -32,7 +33,8 @@ def search_range(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange
     other groups leave: errors of groups whose inputs are correlated cancel instead of adding up. The full range is
     one of the candidates, so the loss never rises above that of plain rounding.
     """
-    ends = [_search_rows(rows, gram, grouping) for rows in torch.split(weight, ROWS_AT_A_TIME)]
+    parts = torch.split(weight, ROWS_AT_A_TIME)
+    ends = run_side_by_side(lambda rows: _search_rows(rows, gram, grouping), parts)
     return GroupRange(low=torch.cat([end.low for end in ends]), high=torch.cat([end.high for end in ends]))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quant.block_pair import BlockPair, CurrentBlock
 from quant.capture import BlockInput, Observation, run_hooked
 from quant.correction import Moments, SplitMoments
+from quant.fast_products import fast_products
 from quant.linear_experts import Expert, LinearExperts
 from quant.residual import BLOCK, StreamWriter
 
@@ -162,10 +163,11 @@ class _Part:
 def capture(current: CurrentBlock, names: Sequence[str]) -> dict[str, InputStatistics]:
     """What each named module reads in all chunks. An expert that few tokens reached is shown all in a second run."""
     sums = {name: _sum_for(current.block, name) for name in names}
-    for number in range(len(current.chunks)):
-        for name, rows in current.observe(number, names).inputs.items():
-            sums[name].add(rows, torch.ones(len(rows)))
-    sums |= _show_all_tokens(current, sums)
+    with fast_products():
+        for number in range(len(current.chunks)):
+            for name, rows in current.observe(number, names).inputs.items():
+                sums[name].add(rows, torch.ones(len(rows)))
+        sums |= _show_all_tokens(current, sums)
     return {name: total.result() for name, total in sums.items()}
 
 
@@ -198,20 +200,21 @@ def capture_pair(
         for name in names
         if name not in alone
     }
-    for number, weights in enumerate(token_weights):
-        current = pair.current.observe(number, {*names, *readers, *later}, {*writers} | given)
-        original = pair.original.observe(number, compared | readers, given)
-        for name, total in paired.items():
-            targets = {
-                linear: _target(block.get_submodule(linear), linear, writer, original, current)
-                for linear, writer in own_writers[name].items()
-            }
-            factors = weights if targets else torch.ones_like(weights)
-            total.add(original.inputs.get(name), current.inputs[name], factors, targets)
-        for name in alone.keys() & current.inputs.keys():
-            rows = current.inputs[name]
-            alone[name].add(rows, weights if name in later else torch.ones(len(rows)))
-    alone |= _show_all_tokens(pair.current, alone)
+    with fast_products():
+        for number, weights in enumerate(token_weights):
+            current = pair.current.observe(number, {*names, *readers, *later}, {*writers} | given)
+            original = pair.original.observe(number, compared | readers, given)
+            for name, total in paired.items():
+                targets = {
+                    linear: _target(block.get_submodule(linear), linear, writer, original, current)
+                    for linear, writer in own_writers[name].items()
+                }
+                factors = weights if targets else torch.ones_like(weights)
+                total.add(original.inputs.get(name), current.inputs[name], factors, targets)
+            for name in alone.keys() & current.inputs.keys():
+                rows = current.inputs[name]
+                alone[name].add(rows, weights if name in later else torch.ones(len(rows)))
+        alone |= _show_all_tokens(pair.current, alone)
     results = {name: total.result() for name, total in paired.items()}
     return PairStatistics(
         inputs={

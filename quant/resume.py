@@ -24,6 +24,7 @@ from quant.checkpoint.location import recorded_name
 from quant.checkpoint.tensor_files import read_header
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import CheckpointError
+from quant.fast_products import fast_products
 from quant.input_statistics import Streams
 from quant.method import MethodSteps
 from quant.recipe import Recipe
@@ -177,9 +178,11 @@ def replay_block(
     if steps.correction:
         # a copy, as in the search: where weights lie in memory can decide in which order a matrix product adds up
         original = copy.deepcopy(block)
-        outputs = [run_block(original, index, chunk) for chunk in streams.original]
+        with fast_products():
+            outputs = [run_block(original, index, chunk) for chunk in streams.original]
     finished.restore(block)
-    current = [run_block(block, index, chunk) for chunk in streams.current]
+    with fast_products():
+        current = [run_block(block, index, chunk) for chunk in streams.current]
     return Streams(current if outputs is None else outputs, current)
 
 

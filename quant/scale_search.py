@@ -13,6 +13,7 @@ from kernels.weight_kinds import WHOLE_ROW
 from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly, split_groups
 from quant.salience import SALIENT_SHARE
+from quant.side_by_side import run_side_by_side
 
 # the scale of 1
 IDENTITY = "identity"
@@ -95,10 +96,9 @@ def search_scale(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
     unscaled = keep_unscaled(shared, grouping)
     sample = replace(shared, weights=[weight[:: -(-weight.shape[0] // RANKING_ROWS)] for weight in shared.weights])
     sample_signals = signals_of(sample)
-    best = min(
-        scale_candidates(shared, grouping.group_size),
-        key=lambda candidate: sum(_losses(candidate, sample, sample_signals, grouping)),
-    )
+    candidates = list(scale_candidates(shared, grouping.group_size))
+    ranks = run_side_by_side(lambda candidate: sum(_losses(candidate, sample, sample_signals, grouping)), candidates)
+    best = candidates[ranks.index(min(ranks))]
     loss = sum(_losses(best, shared, unscaled.signals, grouping))
     if loss >= sum(unscaled.plain_losses):
         best, loss = unscaled.candidate, sum(unscaled.plain_losses)

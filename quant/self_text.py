@@ -1,8 +1,7 @@
 """Calibration text that the model writes itself: sampled from a seed, so the same seed gives the same tokens."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import cycle
 
 import torch
@@ -15,9 +14,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from quant.blockwise_model import BlockwiseModel
 from quant.errors import QuantizationError, SourceError
+from quant.fast_products import fast_products
 from quant.machine_memory import available_bytes
 from quant.overflow import first_not_finite
 
+# long enough for a text to find its subject
+PIECE_TOKENS = 256
 # short openings over the kinds of text a model is asked for; the model writes the rest
 PROMPTS = (
     "Write an encyclopedia article about a river.",
@@ -64,11 +66,27 @@ def write_text(
     seed: int,
     on_step: Callable[[int, int], None],
 ) -> Tensor:
-    """Token ids int64 [rows, tokens] that the model samples, all rows side by side.
+    """Token ids int64 [rows, tokens] that the model samples.
 
-    Every other row starts with a prompt in the chat template, the others with the first token alone; after an end
-    token the next such opening follows. on_step(done, total) is called after each token.
+    A row is written in pieces of PIECE_TOKENS at most, all pieces side by side: reading the weights takes the time, and
+    twice the rows take little more of it. Every other piece starts with a prompt in the chat template, the others with
+    the first token alone; after an end token the next such opening follows. on_step(done, total) is called after each
+    token of a piece.
     """
+    num_rows, num_tokens = shape
+    num_pieces = -(-num_tokens // PIECE_TOKENS)
+    pieces = (num_rows * num_pieces, -(-num_tokens // num_pieces))
+    written = _write_pieces(model, tokenizer, pieces, seed, on_step)
+    return written.view(num_rows, -1)[:, :num_tokens].contiguous()
+
+
+def _write_pieces(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: tuple[int, int],
+    seed: int,
+    on_step: Callable[[int, int], None],
+) -> Tensor:
     num_rows, num_tokens = shape
     generator = torch.Generator().manual_seed(seed)
     openings = cycle(_openings(model, tokenizer))
@@ -77,7 +95,7 @@ def write_text(
     written = torch.empty(num_rows, num_tokens, dtype=torch.int64)
     column = torch.tensor([queue.popleft() for queue in waiting])
     cache = _roomy_cache(model, num_tokens)
-    with torch.inference_mode(), _fast_products():
+    with torch.inference_mode(), fast_products():
         for position in range(num_tokens):
             written[:, position] = column
             on_step(position + 1, num_tokens)
@@ -139,20 +157,6 @@ def _roomy_cache(model: PreTrainedModel, num_tokens: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [_RoomyLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-@contextmanager
-def _fast_products() -> Iterator[None]:
-    """Matrix products read bfloat16, where the processor has instructions for that, and add up in float32.
-
-    That is what models are run in; for a text that is drawn at random it is as good.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _openings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -20,6 +20,7 @@ from quant.block_pair import CurrentBlock
 from quant.block_search import BlockOutcome, search_block, stages_of
 from quant.block_structure import BlockStructures
 from quant.capture import BlockInput, embed, run_block
+from quant.fast_products import fast_products
 from quant.input_statistics import Streams, capture
 from quant.method import STEPS, Method
 from quant.model_structure import find_blocks
@@ -27,6 +28,7 @@ from quant.rounding import GroupRange, full_range
 from quant.salience import channel_errors
 from quant.scale_groups import linear_of, rows_of
 from quant.scale_search import IDENTITY, Grouping, ScaleChoice, output_error
+from tests.quant.fast_close import assert_close_for_fast_products
 from tests.quant.tiny_families import VARIANTS, open_tiny
 from tests.tiny_models import save_tiny_model
 
@@ -118,7 +120,7 @@ def test_the_next_block_reads_what_the_packed_weights_give(subject: Subject) -> 
     assert outcome.error.kept == "searched"
     for name, packed in outcome.packed.items():
         assert torch.equal(linear_of(subject.block, name).weight, dequantize(packed))
-    with torch.no_grad():
+    with torch.no_grad(), fast_products():
         quantized = run_block(subject.block, 0, subject.inputs[0]).hidden
     assert torch.equal(outcome.next_streams.current[0].hidden, quantized)
     assert not torch.allclose(outcome.next_streams.current[0].hidden, subject.original_output, atol=1e-3)
@@ -179,7 +181,7 @@ def test_attention_is_quantized_before_the_mlp_and_scales_stay_with_what_they_fo
 
 def test_the_original_goes_on_beside_the_quantized_model_where_weights_are_corrected(subject: Subject) -> None:
     outcome = subject.search()
-    torch.testing.assert_close(outcome.next_streams.original[0].hidden, subject.original_output)
+    assert_close_for_fast_products(outcome.next_streams.original[0].hidden, subject.original_output)
 
 
 def drifted(inputs: list[BlockInput]) -> list[BlockInput]:

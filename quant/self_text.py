@@ -12,9 +12,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from kernels.cpu import cpu_traits
 from quant.blockwise_model import BlockwiseModel
 from quant.errors import QuantizationError, SourceError
-from quant.fast_products import fast_products
 from quant.machine_memory import available_bytes
 from quant.overflow import first_not_finite
 
@@ -42,12 +42,15 @@ PROMPTS = (
 
 
 def open_writer(model: BlockwiseModel, shape: tuple[int, int]) -> PreTrainedModel:
-    """The model with all its weights, to write [rows, tokens]: in bfloat16 where it is stored so, else in float32.
+    """The model with all its weights, to write [rows, tokens].
+
+    In bfloat16 where it is stored so or the processor multiplies that natively: for a text that is drawn at random it
+    is as good, and reading the weights is what takes the time. Else in float32.
 
     Writing needs all blocks for every token, so they are not read one by one. Raises SourceError when there is no
     room for them.
     """
-    dtype = torch.bfloat16 if model.weights.dtype == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if model.weights.dtype == torch.bfloat16 else cpu_traits().dense_dtype
     num_bytes = dtype.itemsize * (_num_parameters(model.model) + shape[0] * shape[1] * _cached_values(model.model))
     free_bytes = available_bytes()
     if free_bytes is not None and free_bytes < num_bytes:
@@ -95,7 +98,7 @@ def _write_pieces(
     written = torch.empty(num_rows, num_tokens, dtype=torch.int64)
     column = torch.tensor([queue.popleft() for queue in waiting])
     cache = _roomy_cache(model, num_tokens)
-    with torch.inference_mode(), fast_products():
+    with torch.inference_mode():
         for position in range(num_tokens):
             written[:, position] = column
             on_step(position + 1, num_tokens)

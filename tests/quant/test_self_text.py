@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.cpu import AVX2_TRAITS, BF16_TRAITS, CpuTraits
 from quant.errors import SourceError
 from quant.progress import ignore_notice
 from quant.self_text import draw, open_writer, write_text
@@ -61,6 +62,16 @@ def test_every_step_is_told(tmp_path: Path) -> None:
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_a_long_row_is_written_in_pieces_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.self_text.PIECE_TOKENS", 10)
+    source = open_tiny(tmp_path)
+    steps: list[tuple[int, int]] = []
+    rows = write_text(source.model, source.tokenizer, (2, 25), 0, lambda done, total: steps.append((done, total)))
+    # three pieces of nine tokens each, of which the last two tokens are left out
+    assert rows.shape == (2, 25)
+    assert steps == [(step, 9) for step in range(1, 10)]
+
+
 def test_tokens_are_drawn_by_their_probabilities() -> None:
     # given a token that cannot come, at either end and in the middle
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
@@ -78,18 +89,23 @@ def test_what_is_written_is_what_the_model_gives_for_all_that_was_written_before
         source.model.get_input_embeddings().weight.mul_(30)
         rows = write_text(source.model, source.tokenizer, (2, 40), 0, ignore_step)
         most_likely = source.model(rows).logits.argmax(dim=-1)
-    assert torch.get_float32_matmul_precision() == "highest"
     # the first row opens with a prompt, the second with one token
     assert torch.equal(rows[1, 1:], most_likely[1, :-1])
 
 
 @pytest.mark.parametrize(
-    ("stored", "expected"),
-    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+    ("stored", "traits", "expected"),
+    [
+        (torch.bfloat16, AVX2_TRAITS, torch.bfloat16),
+        (torch.float16, AVX2_TRAITS, torch.float32),
+        (torch.float32, AVX2_TRAITS, torch.float32),
+        (torch.float32, BF16_TRAITS, torch.bfloat16),
+    ],
 )
-def test_a_model_writes_in_bfloat16_only_where_it_is_stored_so(
-    stored: torch.dtype, expected: torch.dtype, tmp_path: Path
+def test_a_model_writes_in_bfloat16_where_it_is_stored_so_or_the_processor_has_it(
+    stored: torch.dtype, traits: CpuTraits, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("quant.self_text.cpu_traits", lambda: traits)
     _, model = open_streamed(save_tiny_model("llama", tmp_path, dtype=stored), ignore_notice)
     writer = open_writer(model, (2, 8))
     assert {parameter.dtype for parameter in writer.parameters()} == {expected}
@@ -100,6 +116,7 @@ def test_a_model_that_has_no_room_to_write_is_refused_with_what_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model = open_streamed(save_tiny_model("llama", tmp_path), ignore_notice)
+    monkeypatch.setattr("quant.self_text.cpu_traits", lambda: AVX2_TRAITS)
     # 4 bytes for each weight, and for the 2 layers' keys and values of 2 heads of 16 at each of 10 x 100 tokens
     num_bytes = 4 * (sum(parameter.numel() for parameter in model.model.parameters()) + 10 * 100 * 2 * 2 * 2 * 16)
     monkeypatch.setattr("quant.self_text.available_bytes", lambda: num_bytes - 1)

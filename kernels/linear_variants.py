@@ -54,8 +54,7 @@ def all_variants(arch: int) -> list[Variant]:
         variants.append(many_rows_variant(arch, MANY_ROWS_TILES[arch], weights))
     for weights, bucket in product(EXPERT_WEIGHTS, FEW_ROWS_TILES[arch]):
         if bucket >= MIN_GROUPED_ROWS:
-            # between two experts, twice the share of one is all of the bucket
-            tile = grouped_tile(arch, bucket, 2, weights.group_size)
+            tile = grouped_tile(arch, bucket, weights.group_size)
             variants.append(grouped_variant(arch, tile, weights))
     variants += [dense_variant(arch, weights) for weights in WEIGHTS]
     variants += [kind(arch, dtype) for kind in (sum_variant, choices_variant) for dtype in DTYPES]
@@ -73,7 +72,7 @@ def sample_variants(arch: int) -> list[Variant]:
     return [
         *few_rows,
         many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)),
-        grouped_variant(arch, grouped_tile(arch, MIN_GROUPED_ROWS, 2, 128), EXPERT_WEIGHTS[0]),
+        grouped_variant(arch, grouped_tile(arch, MIN_GROUPED_ROWS, 128), EXPERT_WEIGHTS[0]),
         dense_variant(arch, next(weights)),
         sum_variant(arch, "fp16"),
         choices_variant(arch, "bf16"),

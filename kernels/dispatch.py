@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_attention, cpu_experts
+from kernels import cpu, cpu_attention, cpu_experts, reference
 from kernels.cpu_attention import CpuAttentionPlan
 from kernels.cpu_experts import CpuExpertPlan, CpuExperts
-from kernels.experts import PackedExperts, SortedRows, sorted_by_expert, stack_experts, with_scales_alike
+from kernels.experts import PackedExperts, Routing, SortedRows, stack_experts, with_scales_alike
 from kernels.layout import (
     NIBBLE_BITS,
     PackedWeight,
@@ -106,10 +106,21 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
+def route(logits: Tensor, num_choices: int, *, renormalized: bool) -> Routing:
+    """The likeliest experts of each token, for a router's logits [T, E], as `kernels.reference.route` defines them."""
+    if not runs_triton(logits.device):
+        return reference.route(logits, num_choices, renormalized=renormalized)
+    from kernels.fused_routing import route
+
+    return route(logits, num_choices, renormalized=renormalized)
+
+
 def plan_experts(experts: Tensor, num_experts: int) -> ExpertPlan:
     """What the layers of one mixture share, for the choices experts int64 [T, C] of its tokens."""
     if not runs_triton(experts.device):
         return cpu_experts.plan_experts(experts, num_experts)
+    from kernels.fused_routing import sorted_by_expert
+
     return sorted_by_expert(experts, num_experts, grouped_rows(experts.numel(), num_experts))
 
 

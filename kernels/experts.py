@@ -81,44 +81,6 @@ def stack_experts(weights: Sequence[PackedWeight]) -> PackedExperts:
     )
 
 
-def route(logits: Tensor, num_choices: int, *, renormalized: bool) -> Routing:
-    """The likeliest C of E experts for logits [T, E], of equal ones the first, with their softmax in float32.
-
-    renormalized: the weights of a token's choices are divided by their sum.
-    """
-    probabilities = logits.float().softmax(dim=-1)
-    likeliest = probabilities.sort(dim=-1, descending=True, stable=True)
-    weights = likeliest.values[:, :num_choices]
-    if renormalized:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Routing(likeliest.indices[:, :num_choices].contiguous(), weights.contiguous())
-
-
-def sorted_by_expert(experts: Tensor, num_experts: int, max_tile_rows: int) -> SortedRows:
-    """Cut the assignments of each expert into tiles. experts: int64 [T, C]. How many tiles hangs on A and E alone.
-
-    So a captured graph replays it for any routing: it has as many tiles as the worst one needs.
-    """
-    num_assignments = experts.numel()
-    by_expert = experts.flatten().sort(stable=True)
-    # where each expert's assignments end; counting them with bincount would wait for the device
-    numbers = torch.arange(num_experts, device=experts.device)
-    ends = torch.searchsorted(by_expert.values, numbers, right=True)
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    tiles = (counts + max_tile_rows - 1) // max_tile_rows
-    tile_ends = tiles.cumsum(0)
-    # each expert with rows may leave one tile unfilled
-    num_tiles = num_assignments // max_tile_rows + min(num_experts, num_assignments)
-    indices = torch.arange(num_tiles, device=experts.device)
-    tile_experts = torch.searchsorted(tile_ends, indices, right=True).clamp_(max=num_experts - 1)
-    index_in_expert = indices - (tile_ends - tiles)[tile_experts]
-    first_rows = (ends - counts)[tile_experts] + index_in_expert * max_tile_rows
-    # a tile past the last has the last expert, and begins at or behind its end
-    last_rows = torch.minimum(first_rows + max_tile_rows, ends[tile_experts])
-    return SortedRows(
-        order=by_expert.indices.to(torch.int32),
-        tile_experts=tile_experts.to(torch.int32),
-        tile_rows=torch.stack((first_rows, last_rows), dim=1).to(torch.int32),
-        max_tile_rows=max_tile_rows,
-        num_experts=num_experts,
-    )
+def num_tiles_of(num_assignments: int, num_experts: int, max_tile_rows: int) -> int:
+    """As many as the worst routing needs, where each expert leaves one unfilled: a captured graph replays any."""
+    return num_assignments // max_tile_rows + min(num_experts, num_assignments)

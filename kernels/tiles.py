@@ -129,6 +129,11 @@ MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_R
 # inputs that a program over experts which are not quantized multiplies a step
 DENSE_BLOCK = 64
 
+# assignments that one program places among all, tiles that one plans at a time, and the warps of either
+SORTED_ASSIGNMENTS = 128
+PLANNED_TILES = 16
+ROUTING_WARPS = 8
+
 # rows from which a weight is dequantized for a dense product, on the architectures named. There the library's products
 # should outrun the fused loop by more than it costs to write and read the dense weight: derived, not measured
 DENSE_ROWS = {80: 512, 90: 1024, 100: 1024}

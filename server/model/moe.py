@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.dispatch import ExpertWeights
-from kernels.experts import route
 from server.model.layers import Linear
 
 
@@ -42,7 +41,9 @@ class Moe:
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = dispatch.router_logits(x, self.router)
-        routing = route(logits[:, : self.num_experts], self.num_experts_per_tok, renormalized=self.norm_topk_prob)
+        routing = dispatch.route(
+            logits[:, : self.num_experts], self.num_experts_per_tok, renormalized=self.norm_topk_prob
+        )
         plan = dispatch.plan_experts(routing.experts, self.num_experts)
         gated = dispatch.silu_gate(dispatch.grouped_linear(x, self.gate_up, plan))
         output = dispatch.sum_choices(dispatch.grouped_linear(gated, self.down, plan), routing.weights)

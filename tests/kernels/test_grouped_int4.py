@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference
-from kernels.experts import PackedExperts, SortedRows, sorted_by_expert, stack_experts
+from kernels.experts import PackedExperts, SortedRows, stack_experts
+from kernels.fused_routing import sorted_by_expert
 from kernels.gemm_int4 import gemm_int4
 from kernels.grouped_int4 import grouped_int4, sum_choices
 from kernels.layout import PackedWeight
@@ -33,7 +34,7 @@ def run(x: Tensor, experts: PackedExperts, choices: list[int]) -> Tensor:
 
 def plan_of(choices: list[int], num_experts: int) -> SortedRows:
     experts = torch.tensor(choices, dtype=torch.int64, device=DEVICE)
-    return sorted_by_expert(experts, num_experts, grouped_rows(len(choices), num_experts))
+    return sorted_by_expert(experts[:, None], num_experts, grouped_rows(len(choices), num_experts))
 
 
 @settings(max_examples=6, deadline=None)
@@ -64,30 +65,6 @@ def test_a_row_has_the_bits_of_its_expert_alone_whatever_runs_beside_it() -> Non
         alone = gemm_int4(x[expert::2].to(DEVICE), planar_on_device(weights[expert])).cpu()
         assert torch.equal(out[expert::2], alone)
     assert torch.equal(run(x[:1], experts, [0]), out[:1])
-
-
-def test_every_assignment_is_in_one_tile_of_its_expert() -> None:
-    choices = torch.tensor([3, 0, 3, 3, 1, 3, 3, 0, 3])
-
-    plan = sorted_by_expert(choices[:, None], num_experts=6, max_tile_rows=4)
-
-    seen: list[int] = []
-    for expert, (first, last) in zip(plan.tile_experts.tolist(), plan.tile_rows.tolist(), strict=True):
-        rows = plan.order[first:last].tolist() if first < last else []
-        assert len(rows) <= 4
-        assert all(int(choices[row]) == expert for row in rows)
-        seen += rows
-    assert seen == [1, 7, 4, 0, 2, 3, 5, 6, 8]
-
-
-def test_the_cut_into_tiles_reads_nothing_back_from_the_device() -> None:
-    # given choices without values, as a graph that is captured has them; what must wait for values cannot run
-    choices = torch.empty((7, 2), dtype=torch.int64, device="meta")
-
-    plan = sorted_by_expert(choices, num_experts=6, max_tile_rows=4)
-
-    assert plan.order.shape == (14,)
-    assert plan.tile_rows.shape == (3 + 6, 2)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)

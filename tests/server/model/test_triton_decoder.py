@@ -26,6 +26,7 @@ KERNELS = (
     "fused_rotary",
     "fused_activation",
     "fused_embedding",
+    "fused_routing",
     "grouped_int4",
 )
 

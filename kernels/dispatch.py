@@ -1,13 +1,15 @@
 """Picks the kernel for an operation from (device, rows) in plain functions. An absent kernel is an error."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_attention
+from kernels import cpu, cpu_attention, cpu_experts, reference
 from kernels.cpu_attention import CpuAttentionPlan
+from kernels.cpu_experts import CpuExpertPlan, CpuExperts
+from kernels.experts import PackedExperts, Routing, SortedRows, stack_experts, with_scales_alike
 from kernels.layout import (
     NIBBLE_BITS,
     PackedWeight,
@@ -18,7 +20,7 @@ from kernels.layout import (
 )
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from kernels.rotary import HeadNorms, Rotation
-from kernels.tiles import is_dense
+from kernels.tiles import grouped_rows, is_dense
 
 # in a process that is told so, a CPU's tensors are for the Triton kernels too, which then must be interpreted
 # (TRITON_INTERPRET=1): the rehearsal of a GPU where there is none
@@ -30,6 +32,10 @@ MAX_GEMV_ROWS = 64
 
 # on a GPU the batch itself is the plan: its kernels read block tables
 AttentionPlan = AttentionBatch | CpuAttentionPlan
+
+ExpertPlan = SortedRows | CpuExpertPlan
+# weights [N, K] of all experts of a layer: packed, or dense [E, N, K] in the dtype of the activations
+ExpertWeights = PackedExperts | CpuExperts | Tensor
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -81,6 +87,70 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
 def max_rows_together(device: torch.device) -> int:
     """How many rows a linear layer takes with no row's result depending on the others."""
     return MAX_GEMV_ROWS if runs_triton(device) else cpu.cpu_traits().max_int4_op_rows
+
+
+def prepare_experts(weights: Sequence[PackedWeight], device: torch.device) -> ExpertWeights:
+    """ROW_MAJOR weights of equal shape, bits, groups and type of scales, one an expert, as the device's kernels read.
+
+    Raises ValueError as `prepare_weight` does, and for weights that differ.
+    """
+    if not runs_triton(device):
+        return CpuExperts(tuple(prepare_weight(weight, device) for weight in weights))
+    return stack_experts([prepare_weight(weight, device) for weight in with_scales_alike(weights)])
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K] times a router's weight [E, K] transposed: [T, E] in x's dtype."""
+    if not runs_triton(x.device):
+        return cpu_experts.router_logits(x, weight)
+    return torch.nn.functional.linear(x, weight)
+
+
+def route(logits: Tensor, num_choices: int, *, renormalized: bool) -> Routing:
+    """The likeliest experts of each token, for a router's logits [T, E], as `kernels.reference.route` defines them."""
+    if not runs_triton(logits.device):
+        return reference.route(logits, num_choices, renormalized=renormalized)
+    from kernels.fused_routing import route
+
+    return route(logits, num_choices, renormalized=renormalized)
+
+
+def plan_experts(experts: Tensor, num_experts: int) -> ExpertPlan:
+    """What the layers of one mixture share, for the choices experts int64 [T, C] of its tokens."""
+    if not runs_triton(experts.device):
+        return cpu_experts.plan_experts(experts, num_experts)
+    from kernels.fused_routing import sorted_by_expert
+
+    return sorted_by_expert(experts, num_experts, grouped_rows(experts.numel(), num_experts))
+
+
+def grouped_linear(x: Tensor, weights: ExpertWeights, plan: ExpertPlan) -> Tensor:
+    """Each assignment's row of x times its expert's weight, transposed: [A, N] in x's dtype, in assignments' order.
+
+    x: [T, K], where the assignments of a token share its row, or [A, K].
+    """
+    if isinstance(plan, CpuExpertPlan):
+        if isinstance(weights, PackedExperts):
+            raise ValueError("experts in the planar layout are multiplied on a GPU")
+        return cpu_experts.grouped_linear(x, weights, plan)
+    if isinstance(weights, CpuExperts):
+        raise ValueError("experts in the int4_cpu layout are multiplied on a CPU")
+    if isinstance(weights, Tensor):
+        from kernels.grouped_dense import grouped_dense
+
+        return grouped_dense(x, weights, plan)
+    from kernels.grouped_int4 import grouped_int4
+
+    return grouped_int4(x, weights, plan)
+
+
+def sum_choices(choices: Tensor, router: Tensor) -> Tensor:
+    """choices [T * C, N] times router weights float32 [T, C], summed over a token's choices in order: [T, N]."""
+    if not runs_triton(choices.device):
+        return cpu_experts.sum_choices(choices, router)
+    from kernels.grouped_int4 import sum_choices
+
+    return sum_choices(choices, router)
 
 
 def gather_rows(token_ids: Tensor, table: Tensor) -> Tensor:

@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from itertools import product
 
-from kernels import fused_activation, fused_embedding, fused_norm, fused_rotary
+from kernels import fused_activation, fused_embedding, fused_norm, fused_rotary, fused_routing
 from kernels.tiles import (
     COPY_WARPS,
     GATE_COLUMNS,
     GATHERED_COLUMNS,
+    MAX_FEW_ROWS,
+    MIN_GROUPED_ROWS,
+    PLANNED_TILES,
+    ROUTING_WARPS,
+    SORTED_ASSIGNMENTS,
     head_tile,
     next_power_of_two,
     row_warps,
@@ -16,6 +21,10 @@ from kernels.variant import DTYPES, DType, Family, Variant, plain_variant
 
 # hidden sizes of SmolLM2-135M, Qwen2-0.5B and 1.5B, Llama-3 8B and 70B, and the widest row there may be
 NORM_WIDTHS = (576, 896, 1536, 4096, 8192, 32_768)
+
+
+# experts, and choices of a token, of Mixtral, Qwen1.5-MoE and Qwen3-30B-A3B
+ROUTINGS = ((8, 2), (60, 4), (128, 8))
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,24 @@ ROTARY_SHAPES = (
 
 def all_variants(arch: int) -> list[Variant]:
     """Everything for one architecture: both dtypes, each width and shape of heads."""
-    return [variant for dtype in DTYPES for variant in _dtype_variants(arch, dtype, NORM_WIDTHS, ROTARY_SHAPES)]
+    of_dtypes = [variant for dtype in DTYPES for variant in _dtype_variants(arch, dtype, NORM_WIDTHS, ROTARY_SHAPES)]
+    routes = [
+        _route_variant(arch, dtype, *routing, renormalized=renormalized)
+        for dtype, routing, renormalized in product(DTYPES, ROUTINGS, (False, True))
+    ]
+    sorts = [
+        _sort_variant(arch, num_experts, rows)
+        for (num_experts, _), rows in product(ROUTINGS, (MIN_GROUPED_ROWS, 2 * MIN_GROUPED_ROWS, MAX_FEW_ROWS))
+    ]
+    return [*of_dtypes, *routes, *sorts]
 
 
 def sample_variants(arch: int) -> list[Variant]:
     """Every kernel once, with and without what is optional."""
-    return _dtype_variants(arch, "bf16", NORM_WIDTHS[3:4], ROTARY_SHAPES[1:2])
+    of_dtype = _dtype_variants(arch, "bf16", NORM_WIDTHS[3:4], ROTARY_SHAPES[1:2])
+    num_experts, num_choices = ROUTINGS[-1]
+    route = _route_variant(arch, "bf16", num_experts, num_choices, renormalized=True)
+    return [*of_dtype, route, _sort_variant(arch, num_experts, MIN_GROUPED_ROWS)]
 
 
 def _dtype_variants(arch: int, dtype: DType, widths: tuple[int, ...], shapes: tuple[RotaryShape, ...]) -> list[Variant]:
@@ -104,6 +125,44 @@ def _gather_variant(arch: int, dtype: DType, table: str) -> Variant:
     return plain_variant("gather_rows_kernel", arch, label, arguments, constants, COPY_WARPS)
 
 
+def _route_variant(arch: int, dtype: DType, num_experts: int, num_choices: int, *, renormalized: bool) -> Variant:
+    arguments = {
+        "logits_ptr": f"*{dtype}:16",
+        "experts_ptr": "*i64:16",
+        "weights_ptr": "*fp32:16",
+        "logits_stride": "i32",
+        "num_experts": "i32",
+    }
+    constants = {
+        "NUM_CHOICES": num_choices,
+        "RENORMALIZED": renormalized,
+        "TILE_EXPERTS": next_power_of_two(num_experts),
+        "TILE_CHOICES": next_power_of_two(num_choices),
+    }
+    label = f"{dtype} {num_choices} of {num_experts}{' renormalized' if renormalized else ''}"
+    return plain_variant("route_kernel", arch, label, arguments, constants, 1)
+
+
+def _sort_variant(arch: int, num_experts: int, max_tile_rows: int) -> Variant:
+    arguments = {
+        "experts_ptr": "*i64:16",
+        "order_ptr": "*i32:16",
+        "tile_experts_ptr": "*i32:16",
+        "tile_rows_ptr": "*i32:16",
+        "num_assignments": "i32",
+        "num_experts": "i32",
+        "num_tiles": "i32",
+    }
+    constants = {
+        "MAX_TILE_ROWS": max_tile_rows,
+        "TILE_EXPERTS": next_power_of_two(num_experts),
+        "TILE_ASSIGNMENTS": SORTED_ASSIGNMENTS,
+        "TILE_PLANNED": PLANNED_TILES,
+    }
+    label = f"{num_experts} experts, {max_tile_rows} rows"
+    return plain_variant("sort_assignments_kernel", arch, label, arguments, constants, ROUTING_WARPS)
+
+
 def _rotary_variant(arch: int, dtype: DType, shape: RotaryShape) -> Variant:
     half = f"*{dtype}:16"
     names = ("heads", "cosines", "signed_sines", "queries", "keys", "values")
@@ -138,6 +197,8 @@ FAMILY = Family(
         "silu_gate_kernel": fused_activation.silu_gate_kernel,
         "gelu_gate_kernel": fused_activation.gelu_gate_kernel,
         "gather_rows_kernel": fused_embedding.gather_rows_kernel,
+        "route_kernel": fused_routing.route_kernel,
+        "sort_assignments_kernel": fused_routing.sort_assignments_kernel,
         "rotate_and_write_kernel": fused_rotary.rotate_and_write_kernel,
     },
     all_variants=all_variants,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.experts import ExpertOrder, PackedExperts, check_grouped, sorted_by_expert
+from kernels.experts import PackedExperts, SortedRows
 from kernels.int4_tile import multiply_blocks
-from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
+from kernels.launch import FUSE_FLOATS, IS_INTERPRETED, check_half, launch_arch
 from kernels.layout import PLANAR_BLOCKS
 from kernels.tiles import COPY_WARPS, SUM_COLUMNS, grouped_tile, num_splits
 
@@ -102,20 +102,20 @@ def sum_choices_kernel(
     tl.store(out_ptr + token * num_columns + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def grouped_int4(x: Tensor, weight: PackedExperts, order: ExpertOrder) -> Tensor:
+def grouped_int4(x: Tensor, weight: PackedExperts, plan: SortedRows) -> Tensor:
     """Each assignment's row of x times its expert's weight, transposed: [A, N] in x's dtype, in assignments' order.
 
     x fp16 or bf16 [T, K], where the C assignments of a token share its row, or [A, K]. A row's bits are those that
     `gemm_int4` gives for its expert's weight alone. Raises ValueError for operands that do not fit.
     """
-    arch = check_grouped(x, weight, order)
-    num_assignments, num_columns = len(order.experts), weight.shape[0]
+    check_grouped(x, (weight.num_experts, *weight.shape), plan)
+    arch = launch_arch({"x": x, "codes": weight.codes, "scales": weight.scales, "order": plan.order})
+    num_assignments, num_columns = len(plan.order), weight.shape[0]
     num_blocks = weight.codes.shape[2]
     out = torch.empty((num_assignments, num_columns), dtype=x.dtype, device=x.device)
     if num_assignments == 0:
         return out
-    tile = grouped_tile(arch, num_assignments, weight.num_experts, weight.group_size)
-    plan = sorted_by_expert(order, tile.num_rows)
+    tile = grouped_tile(arch, plan.max_tile_rows, weight.group_size)
     padding = num_blocks * PLANAR_BLOCKS[weight.bits] - x.shape[1]
     padded = torch.nn.functional.pad(x, (0, padding)) if padding else x
     grid = (triton.cdiv(num_columns, tile.num_columns), len(plan.tile_experts))
@@ -146,6 +146,24 @@ def grouped_int4(x: Tensor, weight: PackedExperts, order: ExpertOrder) -> Tensor
         enable_fp_fusion=FUSE_FLOATS,
     )
     return out
+
+
+def check_grouped(x: Tensor, shape: tuple[int, int, int], plan: SortedRows) -> None:
+    """Raises ValueError, saying what would be right, for operands that do not fit.
+
+    shape: [E, N, K] of the experts.
+    """
+    num_experts, num_outputs, num_inputs = shape
+    if x.ndim != 2 or x.shape[1] != num_inputs:
+        raise ValueError(f"x must be [T, {num_inputs}] for experts of {[num_outputs, num_inputs]}, not {list(x.shape)}")
+    check_half("x", x)
+    if x.stride(1) != 1:
+        raise ValueError(f"the columns of x must be neighbours in memory; they are {x.stride(1)} elements apart")
+    if plan.num_experts != num_experts:
+        raise ValueError(f"rows are routed to {plan.num_experts} experts, and there are {num_experts}")
+    num_assignments = len(plan.order)
+    if num_assignments and (not len(x) or num_assignments % len(x)):
+        raise ValueError(f"{num_assignments} assignments do not fall evenly on {len(x)} rows of x")
 
 
 def sum_choices(choices: Tensor, router: Tensor) -> Tensor:

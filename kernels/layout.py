@@ -160,7 +160,7 @@ def repack_planar(weight: PackedWeight) -> PackedWeight:
     # whole groups: the group size divides both K and the block
     scales, zeros = (
         torch.nn.functional.pad(values, (0, pad_columns // group_size, 0, pad_rows))
-        for values in (_half_scales(plain.scales), plain.zeros)
+        for values in (half_scales(plain.scales), plain.zeros)
     )
     pairs = torch.stack((scales, (zeros + 1024.0).to(torch.float16).view(scales.dtype)), dim=-1)
     # [N', G, 2] to [tiles, 128, G, 2] to [tiles, G, 128, 2]
@@ -216,7 +216,7 @@ def planar_on_device(weight: PackedWeight, device: torch.device) -> PackedWeight
     return replace(weight, codes=weight.codes.to(device), scales=scales, zeros=scales.view(torch.float16)[..., 1])
 
 
-def _half_scales(scales: Tensor) -> Tensor:
+def half_scales(scales: Tensor) -> Tensor:
     """Scales in 16 bits: as they are, or rounded from float32 to the half type that holds their magnitudes."""
     if scales.dtype in (torch.float16, torch.bfloat16):
         return scales

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from itertools import cycle, product
 
-from kernels import dequantize_int4, gemm_int4, gemv_int4, grouped_int4
+from kernels import dequantize_int4, gemm_int4, gemv_int4, grouped_dense, grouped_int4
 from kernels.layout import PLANAR_BLOCKS, PLANAR_GROUP_SIZES
 from kernels.tiles import (
     COPY_WARPS,
+    DENSE_BLOCK,
     DEQUANTIZING_WARPS,
     FEW_ROWS_TILES,
     MANY_ROWS_TILES,
@@ -14,6 +15,7 @@ from kernels.tiles import (
     SUM_COLUMNS,
     LinearTile,
     few_rows_tile,
+    grouped_dense_tile,
     grouped_tile,
 )
 from kernels.variant import DTYPES, DType, Family, LoopRules, Variant, plain_variant
@@ -40,7 +42,6 @@ WEIGHTS = (
     *(Weights("bf16", 4, group_size, "bf16") for group_size in (64, 128)),
     *(Weights(dtype, 8, 64, dtype) for dtype in DTYPES),
 )
-EXPERT_WEIGHTS = tuple(Weights(dtype, 4, group_size, "fp16") for dtype, group_size in product(DTYPES, (128, 64, 32)))
 SAMPLED_WEIGHTS = (WEIGHTS[2], WEIGHTS[4], WEIGHTS[0], WEIGHTS[7], WEIGHTS[8])
 
 
@@ -52,11 +53,11 @@ def all_variants(arch: int) -> list[Variant]:
             tile = few_rows_tile(arch, bucket, weights.group_size)
             variants += [few_rows_variant(arch, tile, weights, is_split=is_split) for is_split in (True, False)]
         variants.append(many_rows_variant(arch, MANY_ROWS_TILES[arch], weights))
-    for weights, bucket in product(EXPERT_WEIGHTS, FEW_ROWS_TILES[arch]):
+    for bucket in FEW_ROWS_TILES[arch]:
         if bucket >= MIN_GROUPED_ROWS:
-            # between two experts, twice the share of one is all of the bucket
-            tile = grouped_tile(arch, bucket, 2, weights.group_size)
-            variants.append(grouped_variant(arch, tile, weights))
+            tiles = [(grouped_tile(arch, bucket, weights.group_size), weights) for weights in WEIGHTS]
+            variants += [grouped_variant(arch, tile, weights) for tile, weights in tiles]
+            variants += [grouped_dense_variant(arch, grouped_dense_tile(arch, bucket), dtype) for dtype in DTYPES]
     variants += [dense_variant(arch, weights) for weights in WEIGHTS]
     variants += [kind(arch, dtype) for kind in (sum_variant, choices_variant) for dtype in DTYPES]
     # two buckets of rows may share a tile
@@ -73,7 +74,8 @@ def sample_variants(arch: int) -> list[Variant]:
     return [
         *few_rows,
         many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)),
-        grouped_variant(arch, grouped_tile(arch, MIN_GROUPED_ROWS, 2, 128), EXPERT_WEIGHTS[0]),
+        grouped_variant(arch, grouped_tile(arch, MIN_GROUPED_ROWS, 128), WEIGHTS[2]),
+        grouped_dense_variant(arch, grouped_dense_tile(arch, MIN_GROUPED_ROWS), "bf16"),
         dense_variant(arch, next(weights)),
         sum_variant(arch, "fp16"),
         choices_variant(arch, "bf16"),
@@ -107,6 +109,39 @@ def grouped_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
         "x_repeats": "i32",
     }
     return _linear_variant("grouped_int4_kernel", arch, tile, weights, own, "experts")
+
+
+def grouped_dense_variant(arch: int, tile: LinearTile, dtype: DType) -> Variant:
+    """The kernel over experts that are not quantized."""
+    half = f"*{dtype}:16"
+    arguments = {
+        "x_ptr": half,
+        "weight_ptr": half,
+        "order_ptr": "*i32:16",
+        "tile_experts_ptr": "*i32:16",
+        "tile_rows_ptr": "*i32:16",
+        "out_ptr": half,
+        "num_columns": "i32:16",
+        "num_inputs": "i32:16",
+        "x_stride": "i32:16",
+        "x_repeats": "i32",
+    }
+    constants = {
+        "TILE_ROWS": tile.num_rows,
+        "TILE_COLUMNS": tile.num_columns,
+        "BLOCK": DENSE_BLOCK,
+        "INTERPRETED": False,
+    }
+    return Variant(
+        kernel="grouped_dense_kernel",
+        arch=arch,
+        label=f"{tile.num_rows}x{tile.num_columns} {dtype}",
+        arguments=tuple(arguments.items()),
+        constants=tuple(constants.items()),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        loop=LoopRules("weight", units=tile.num_columns * DENSE_BLOCK / (32 * tile.num_warps)),
+    )
 
 
 def dense_variant(arch: int, weights: Weights) -> Variant:
@@ -197,6 +232,7 @@ FAMILY = Family(
         "gemm_int4_kernel": gemm_int4.gemm_int4_kernel,
         "dequantize_int4_kernel": dequantize_int4.dequantize_int4_kernel,
         "grouped_int4_kernel": grouped_int4.grouped_int4_kernel,
+        "grouped_dense_kernel": grouped_dense.grouped_dense_kernel,
         "sum_choices_kernel": grouped_int4.sum_choices_kernel,
     },
     all_variants=all_variants,

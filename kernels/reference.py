@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import kv_codes
+from kernels.experts import Routing, SortedRows, num_tiles_of
 from kernels.layout import PackedWeight, unpack
 from kernels.paged_batch import AttentionBatch, PagedLayer
 
@@ -87,6 +88,41 @@ def paged_attention(
         weights = logits.softmax(dim=-1)[..., :context_len]
         output[start:stop] = torch.einsum("htk,hkd->thd", weights, values).to(output.dtype)
     return output
+
+
+def route(logits: Tensor, num_choices: int, *, renormalized: bool) -> Routing:
+    """The likeliest C of E experts for logits [T, E], of equal ones the first, with their softmax in float32.
+
+    renormalized: the weights of a token's choices are divided by their sum.
+    """
+    probabilities = logits.float().softmax(dim=-1)
+    likeliest = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights = likeliest.values[:, :num_choices]
+    if renormalized:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routing(likeliest.indices[:, :num_choices].contiguous(), weights.contiguous())
+
+
+def sorted_by_expert(experts: Tensor, num_experts: int, max_tile_rows: int) -> SortedRows:
+    """The assignments of each expert in tiles, for the choices experts int64 [T, C]."""
+    by_expert = experts.flatten().sort(stable=True)
+    counts = torch.bincount(by_expert.values, minlength=num_experts)
+    ends = counts.cumsum(0)
+    tiles = (counts + max_tile_rows - 1) // max_tile_rows
+    tile_ends = tiles.cumsum(0)
+    indices = torch.arange(num_tiles_of(experts.numel(), num_experts, max_tile_rows), device=experts.device)
+    tile_experts = torch.searchsorted(tile_ends, indices, right=True).clamp_(max=num_experts - 1)
+    index_in_expert = indices - (tile_ends - tiles)[tile_experts]
+    first_rows = (ends - counts)[tile_experts] + index_in_expert * max_tile_rows
+    # a tile past the last has the last expert, and begins at or behind its end
+    last_rows = torch.minimum(first_rows + max_tile_rows, ends[tile_experts])
+    return SortedRows(
+        order=by_expert.indices.to(torch.int32),
+        tile_experts=tile_experts.to(torch.int32),
+        tile_rows=torch.stack((first_rows, last_rows), dim=1).to(torch.int32),
+        max_tile_rows=max_tile_rows,
+        num_experts=num_experts,
+    )
 
 
 def grouped_linear(x: Tensor, weights: list[PackedWeight], experts: Tensor) -> Tensor:

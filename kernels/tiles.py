@@ -126,6 +126,14 @@ _MANY_ROWS_TILES = {
 }
 MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_ROWS_TILES.items()}
 
+# inputs that a program over experts which are not quantized multiplies a step
+DENSE_BLOCK = 64
+
+# assignments that one program places among all, tiles that one plans at a time, and the warps of either
+SORTED_ASSIGNMENTS = 128
+PLANNED_TILES = 16
+ROUTING_WARPS = 8
+
 # rows from which a weight is dequantized for a dense product, on the architectures named. There the library's products
 # should outrun the fused loop by more than it costs to write and read the dense weight: derived, not measured
 DENSE_ROWS = {80: 512, 90: 1024, 100: 1024}
@@ -189,14 +197,24 @@ def is_dense(arch: int, num_rows: int) -> bool:
     return arch in DENSE_ROWS and num_rows >= DENSE_ROWS[arch]
 
 
-def grouped_tile(arch: int, num_assignments: int, num_experts: int, group_size: int) -> LinearTile:
-    """The tile for rows that are spread over experts: room for twice an expert's share, 16 to 64 rows.
+def grouped_rows(num_assignments: int, num_experts: int) -> int:
+    """Rows of a tile where assignments are spread over experts: room for twice an expert's share, 16 to 64."""
+    share = -(-2 * num_assignments // num_experts)
+    return next_power_of_two(min(max(share, MIN_GROUPED_ROWS), MAX_FEW_ROWS))
+
+
+def grouped_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
+    """The tile over experts of 16, 32 or 64 rows.
 
     The rows' 64-bit places take registers, which the widest tile has only with eight warps.
     """
-    share = -(-2 * num_assignments // num_experts)
-    tile = few_rows_tile(arch, min(max(share, MIN_GROUPED_ROWS), MAX_FEW_ROWS), group_size)
+    tile = replace(few_rows_tile(arch, num_rows, group_size), num_rows=num_rows)
     return replace(tile, num_warps=8) if tile.num_rows * tile.num_columns == WIDEST_GROUPED_TILE else tile
+
+
+def grouped_dense_tile(arch: int, num_rows: int) -> LinearTile:
+    """The tile over experts that are not quantized: that of the quantized ones, three blocks of K in flight."""
+    return replace(grouped_tile(arch, num_rows, group_size=128), num_stages=3)
 
 
 def head_tile(width: int) -> int:

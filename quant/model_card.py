@@ -21,7 +21,7 @@ from quant.report import HeldOutQuality, Report, describe_origins, describe_roun
 CARD_FILE = "README.md"
 PROGRAM = "awq-serve"
 # the families that `serve` serves; the server's own table must say the same (tests/quant/test_model_card.py)
-SERVED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SERVED_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 # what a card states of its licence; all of it goes along
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 

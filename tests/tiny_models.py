@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 TINY_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+TINY_MOE_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe")
 MISTRAL_SLIDING_WINDOW = 24
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
@@ -35,11 +36,15 @@ SHAPE: dict[str, object] = {
     "eos_token_id": IM_END_ID,
     "pad_token_id": END_OF_TEXT_ID,
 }
+_EXPERTS: dict[str, object] = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 _FAMILY: dict[str, dict[str, object]] = {
     "llama": {"head_dim": 16, "tie_word_embeddings": True},
     "mistral": {"head_dim": 16, "tie_word_embeddings": False, "sliding_window": MISTRAL_SLIDING_WINDOW},
     "qwen2": {"head_dim": 16, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
+    "mixtral": {"head_dim": 16, "tie_word_embeddings": False, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32, "tie_word_embeddings": False},
+    "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True, "head_dim": 16, "tie_word_embeddings": True},
 }
 
 

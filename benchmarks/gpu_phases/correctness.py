@@ -8,10 +8,11 @@ from torch import Tensor
 
 from benchmarks.gpu_phases.bench import Bench, Item
 from benchmarks.gpu_phases.correctness_attention import attention_items
+from benchmarks.gpu_phases.correctness_experts import expert_items
 from benchmarks.gpu_phases.figures import Figure
 from benchmarks.gpu_phases.operands import prepare_for_kernels, random_rows, random_weight
 from benchmarks.gpu_phases.sizes import HALF_TYPES, HalfName, LinearShape
-from benchmarks.gpu_phases.verdicts import same_bits, verdict
+from benchmarks.gpu_phases.verdicts import LAST_PLACE, same_bits, share_of_allowed, verdict
 from kernels import cpu, dispatch, reference
 from kernels.dispatch import MAX_GEMV_ROWS
 from kernels.gemm_int4 import gemm_int4
@@ -21,10 +22,6 @@ from kernels.layout import PackedWeight
 PHASE = "correctness"
 NUMBERS_TABLE = "Linear layers against float64"
 SAME_BITS_TABLE = "The same bits in every batch"
-# one unit in the last place: our sum and the reference's may fall on two sides of a rounding border
-LAST_PLACE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-# of float32 sums over K, relative to the sum of their terms' magnitudes
-SUM_ERROR = 4e-6
 Linear = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 KERNELS: dict[str, Linear] = {"few rows": gemv_int4, "many rows": gemm_int4}
 
@@ -46,8 +43,8 @@ def plan(bench: Bench) -> Sequence[Item]:
         Item("norm", partial(_check_norm, bench)),
     ]
     # a little of everything first, should time run out
-    attention = attention_items(bench)
-    return [first, *invariance[:1], *attention[:1], *others, *invariance[1:], *rest, *attention[1:]]
+    attention, experts = attention_items(bench), expert_items(bench)
+    return [first, *invariance[:1], *attention[:1], *others, *invariance[1:], *rest, *attention[1:], *experts]
 
 
 def _check_linear(bench: Bench, dtype: HalfName, group_size: int) -> Iterator[Figure]:
@@ -78,12 +75,10 @@ def _check_linear(bench: Bench, dtype: HalfName, group_size: int) -> Iterator[Fi
 
 
 def _share_of_allowed(out: Tensor, x: Tensor, exact: Tensor, bias: Tensor) -> float:
-    """The largest error as a share of what rounding explains; infinite where a number is not one."""
+    """The largest error as a share of what rounding explains."""
     expected = x.double() @ exact.T + bias.double()
     magnitudes = x.double().abs() @ exact.abs().T + bias.double().abs()
-    allowed = LAST_PLACE[out.dtype] * expected.abs() + SUM_ERROR * magnitudes
-    share = float(((out.double() - expected).abs() / allowed).max())
-    return share if share == share else float("inf")
+    return share_of_allowed(out, expected, magnitudes)
 
 
 def _check_same_bits(bench: Bench, dtype: HalfName, shape: LinearShape) -> Iterator[Figure]:

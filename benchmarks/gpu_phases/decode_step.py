@@ -11,7 +11,7 @@ from benchmarks.gpu_phases.sizes import HeadShape
 from benchmarks.gpu_phases.stopwatch import Call
 from kernels import dispatch
 from kernels.paged_batch import PagedLayer
-from server.model.decoder import Decoder
+from server.model.decoder import Decoder, Mlp
 from server.model.loader import LoadedModel
 
 
@@ -61,17 +61,13 @@ class DecodeStep:
         self.batch.slot_mapping.copy_(blocks * self._block_size + self.positions % self._block_size)
 
     def linear_calls(self) -> Sequence[Call]:
-        """The linears of all blocks, each once, on rows of their width."""
-        return [
-            partial(linear, rows)
-            for layer in self._decoder.layers
-            for linear, rows in (
-                (layer.attention.qkv, self._rows),
-                (layer.attention.output, self._rows),
-                (layer.mlp.gate_up, self._rows),
-                (layer.mlp.down, self._wide_rows),
-            )
-        ]
+        """The linears of all blocks, each once, on rows of their width; without the experts of mixtures."""
+        calls: list[Call] = []
+        for layer in self._decoder.layers:
+            calls += [partial(layer.attention.qkv, self._rows), partial(layer.attention.output, self._rows)]
+            if isinstance(layer.mlp, Mlp):
+                calls += [partial(layer.mlp.gate_up, self._rows), partial(layer.mlp.down, self._wide_rows)]
+        return calls
 
     def attention_calls(self) -> Sequence[Call]:
         """The attention of all blocks, each once, over as much as the sequences hold now."""

@@ -10,6 +10,7 @@ from quant.checkpoint.tensor_files import read_json_object
 from quant.errors import CheckpointError
 from server.model.architectures import ARCHITECTURE_OF_TYPE, Architecture, Bias, Window
 from server.model.config_fields import ConfigFields
+from server.model.moe_config import MoeConfig, read_moe
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -35,7 +36,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of a known architecture. layer_windows: per layer, how many tokens it sees back (None: all)."""
+    """A model of a known architecture. layer_windows: per layer, how many tokens it sees back (None: all).
+
+    intermediate_size: of dense MLPs. moe: None without experts.
+    """
 
     architecture: Architecture
     vocab_size: int
@@ -55,6 +59,7 @@ class ModelConfig:
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
+    moe: MoeConfig | None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "ModelConfig":
@@ -85,6 +90,7 @@ class ModelConfig:
             mlp_bias=_read_bias(architecture.mlp_bias, fields),
             eos_token_ids=fields.token_ids("eos_token_id"),
             dtype=_read_dtype(fields),
+            moe=None if architecture.moe is None else read_moe(architecture.moe, fields, num_layers),
         )
         if result.num_heads % result.num_kv_heads:
             raise CheckpointError(
@@ -133,8 +139,8 @@ def _check_activation(fields: ConfigFields) -> None:
 
 
 def _read_bias(bias: Bias, fields: ConfigFields) -> bool:
-    if bias in (Bias.ATTENTION_FIELD, Bias.MLP_FIELD):
-        return fields.boolean(bias.value, default=False)
+    if bias in (Bias.ATTENTION_FIELD, Bias.MLP_FIELD, Bias.QKV_FIELD):
+        return fields.boolean(bias.value, default=bias is Bias.QKV_FIELD)
     return bias is Bias.ALWAYS
 
 
@@ -168,19 +174,22 @@ def _read_rope(fields: ConfigFields, max_position_embeddings: int) -> RopeConfig
 def _read_windows(window: Window, fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
     if window is Window.NEVER:
         return (None,) * num_layers
-    if window is Window.LISTED_LAYERS and not fields.boolean("use_sliding_window", default=False):
+    if window is not Window.EVERY_LAYER and not fields.boolean("use_sliding_window", default=False):
         return (None,) * num_layers
     if window is Window.EVERY_LAYER and "sliding_window" not in fields.values:
         raise CheckpointError(f"{CONFIG_FILE} has no sliding_window; it must be a number of tokens, or null for none")
     if fields.values.get("sliding_window") is None:
         return (None,) * num_layers
     width = fields.positive_int("sliding_window")
-    if window is Window.EVERY_LAYER:
+    if window in (Window.EVERY_LAYER, Window.EVERY_LAYER_IF_USED):
         return (width,) * num_layers
     layer_types = fields.values.get("layer_types")
     if layer_types is None:
-        first_windowed = fields.whole_number("max_window_layers", minimum=0)
-        return tuple(width if layer >= first_windowed else None for layer in range(num_layers))
+        max_window_layers = fields.whole_number("max_window_layers", minimum=0)
+        if window is Window.EVEN_LAYERS:
+            evens = (layer % 2 == 0 and layer < max_window_layers for layer in range(num_layers))
+            return tuple(width if windowed else None for windowed in evens)
+        return tuple(width if layer >= max_window_layers else None for layer in range(num_layers))
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         raise CheckpointError(f"{CONFIG_FILE}: layer_types must list {num_layers} layers, not {layer_types!r}")
     unknown = set(map(str, layer_types)) - {"sliding_attention", "full_attention"}

@@ -57,6 +57,15 @@ class ConfigFields:
             raise self._error(name, value, "a token id (0 or more) or a list of them")
         return ids
 
+    def whole_numbers(self, name: str) -> tuple[int, ...]:
+        """A list of numbers from 0 up; absent means none."""
+        value = self._value(name, [])
+        listed = value if isinstance(value, list) else [value]
+        numbers = tuple(item for item in listed if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+        if not isinstance(value, list) or len(numbers) != len(value):
+            raise self._error(name, value, "a list of whole numbers from 0 up")
+        return numbers
+
     def mapping(self, name: str) -> "ConfigFields | None":
         """A nested object, None when absent."""
         value = self.values.get(name)

@@ -13,6 +13,7 @@ from kernels.dispatch import AttentionPlan
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from kernels.rotary import HeadNorms, Rotation
 from server.model.layers import Linear, RmsNorm, rotation_at
+from server.model.moe import Moe
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DecoderLayer:
     attention_norm: RmsNorm
     attention: Attention
     mlp_norm: RmsNorm
-    mlp: Mlp
+    mlp: Mlp | Moe
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ import torch
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import CheckpointError
 from server.model.config import ModelConfig
+from server.model.moe_config import MoeFamily
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -28,6 +29,47 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class MlpSpec:
+    """The three linears of a dense MLP, or of an expert."""
+
+    gate: LinearSpec
+    up: LinearSpec
+    down: LinearSpec
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        return (self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class SharedExpertSpec:
+    """gate: of one output, what its share is computed from."""
+
+    mlp: MlpSpec
+    gate: LinearSpec
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        return (*self.mlp.linears, self.gate)
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """A router and its experts, in the order of the router's outputs. The numbers as in `MoeConfig`."""
+
+    router: LinearSpec
+    experts: tuple[MlpSpec, ...]
+    shared_expert: SharedExpertSpec | None
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        of_experts = tuple(linear for expert in self.experts for linear in expert.linears)
+        return (self.router, *of_experts, *(self.shared_expert.linears if self.shared_expert else ()))
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer: its linears by role, its norms' widths by name."""
 
@@ -36,21 +78,19 @@ class LayerSpec:
     key: LinearSpec
     value: LinearSpec
     output: LinearSpec
-    gate: LinearSpec
-    up: LinearSpec
-    down: LinearSpec
+    mlp: MlpSpec | MoeSpec
     norms: dict[str, int]
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
-        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+        return (self.query, self.key, self.value, self.output, *self.mlp.linears)
 
 
 def layer_spec(config: ModelConfig, index: int) -> LayerSpec:
     """What layer `index` of the config is made of."""
     prefix = f"model.layers.{index}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    hidden, intermediate = config.hidden_size, config.intermediate_size
+    attention = f"{prefix}.self_attn"
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     norms = {f"{prefix}.input_layernorm.weight": hidden, f"{prefix}.post_attention_layernorm.weight": hidden}
     if config.architecture.head_norm:
@@ -61,10 +101,44 @@ def layer_spec(config: ModelConfig, index: int) -> LayerSpec:
         key=LinearSpec(f"{attention}.k_proj", keys, hidden, config.qkv_bias),
         value=LinearSpec(f"{attention}.v_proj", keys, hidden, config.qkv_bias),
         output=LinearSpec(f"{attention}.o_proj", hidden, queries, config.output_bias),
-        gate=LinearSpec(f"{mlp}.gate_proj", intermediate, hidden, config.mlp_bias),
-        up=LinearSpec(f"{mlp}.up_proj", intermediate, hidden, config.mlp_bias),
-        down=LinearSpec(f"{mlp}.down_proj", hidden, intermediate, config.mlp_bias),
+        mlp=_mlp_spec(config, prefix, index),
         norms=norms,
+    )
+
+
+def _mlp_spec(config: ModelConfig, prefix: str, index: int) -> MlpSpec | MoeSpec:
+    hidden, moe, family = config.hidden_size, config.moe, config.architecture.moe
+    if moe is None or family is None or not moe.sparse_layers[index]:
+        mlp, width, bias = f"{prefix}.mlp", config.intermediate_size, config.mlp_bias
+        return MlpSpec(
+            gate=LinearSpec(f"{mlp}.gate_proj", width, hidden, bias),
+            up=LinearSpec(f"{mlp}.up_proj", width, hidden, bias),
+            down=LinearSpec(f"{mlp}.down_proj", hidden, width, bias),
+        )
+    block = f"{prefix}.{family.block}"
+    experts = [
+        _expert_spec(family, f"{block}.experts.{number}", hidden, moe.intermediate_size)
+        for number in range(moe.num_experts)
+    ]
+    return MoeSpec(
+        router=LinearSpec(f"{block}.gate", moe.num_experts, hidden, bias=False),
+        experts=tuple(experts),
+        shared_expert=None
+        if moe.shared_intermediate_size is None
+        else SharedExpertSpec(
+            _expert_spec(family, f"{block}.shared_expert", hidden, moe.shared_intermediate_size),
+            LinearSpec(f"{block}.shared_expert_gate", 1, hidden, bias=False),
+        ),
+        num_experts_per_tok=moe.num_experts_per_tok,
+        norm_topk_prob=moe.norm_topk_prob,
+    )
+
+
+def _expert_spec(family: MoeFamily, name: str, hidden: int, width: int) -> MlpSpec:
+    return MlpSpec(
+        gate=LinearSpec(f"{name}.{family.gate}", width, hidden, bias=False),
+        up=LinearSpec(f"{name}.{family.up}", width, hidden, bias=False),
+        down=LinearSpec(f"{name}.{family.down}", hidden, width, bias=False),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.dispatch import ExpertWeights
 from kernels.layout import PackedWeight, concatenate_rows
 from kernels.native_cpu import NativeCpu
 from kernels.reference import dequantize
@@ -22,6 +23,8 @@ from server.model.expected_tensors import (
     FINAL_NORM,
     HEAD,
     LinearSpec,
+    MlpSpec,
+    MoeSpec,
     check_tensors,
     layer_spec,
 )
@@ -33,6 +36,7 @@ from server.model.layers import (
     RmsNorm,
     inverse_frequencies,
 )
+from server.model.moe import Moe, SharedExpert
 from server.model.native_decoder import NativeDecoder
 from server.model.native_loader import load_native_decoder
 
@@ -159,6 +163,29 @@ class _Source:
         except ValueError as error:
             raise CheckpointError(f"{specs[0].name}: {error}") from error
 
+    def read_weight(self, spec: LinearSpec) -> Tensor:
+        """The weight [N, K] in the dtype of the activations, dequantized if need be."""
+        if not self.reader.is_quantized(spec.name):
+            return self.read_dense(f"{spec.name}.weight")
+        return dequantize(self.reader.read_packed(spec.name)).to(device=self.device, dtype=self.dtype)
+
+    def read_experts(self, experts: Sequence[Sequence[LinearSpec]]) -> ExpertWeights:
+        """One weight an expert, joined along N of modules that share their input.
+
+        Packed where all are quantized alike and a kernel reads them so, else dense.
+        """
+        specs = [spec for modules in experts for spec in modules]
+        if all(self.reader.is_quantized(spec.name) for spec in specs) and self._are_packed_alike(specs):
+            weights = [
+                concatenate_rows([self.reader.read_packed(spec.name) for spec in modules]) for modules in experts
+            ]
+            if dispatch.has_packed_kernel(weights[0], self.device):
+                try:
+                    return dispatch.prepare_experts(weights, self.device)
+                except ValueError as error:
+                    raise CheckpointError(f"{specs[0].name}: {error}") from error
+        return torch.stack([torch.cat([self.read_weight(spec) for spec in modules]) for modules in experts])
+
     def _are_packed_alike(self, specs: Sequence[LinearSpec]) -> bool:
         packed = [self.reader.packed_spec(spec.name) for spec in specs]
         return len({(spec.bits, spec.group_size, spec.scale_dtype) for spec in packed}) == 1
@@ -178,8 +205,26 @@ def _build_layer(source: _Source, config: ModelConfig, index: int) -> DecoderLay
         head_dim=config.head_dim,
         sliding_window=config.layer_windows[index],
     )
-    mlp = Mlp(gate_up=source.read_linear((spec.gate, spec.up)), down=source.read_linear((spec.down,)))
+    mlp = _build_mlp(source, spec.mlp) if isinstance(spec.mlp, MlpSpec) else _build_moe(source, spec.mlp)
     return DecoderLayer(attention_norm, attention, mlp_norm, mlp)
+
+
+def _build_mlp(source: _Source, spec: MlpSpec) -> Mlp:
+    return Mlp(gate_up=source.read_linear((spec.gate, spec.up)), down=source.read_linear((spec.down,)))
+
+
+def _build_moe(source: _Source, spec: MoeSpec) -> Moe:
+    shared = spec.shared_expert
+    gates = [spec.router, *([shared.gate] if shared else [])]
+    return Moe(
+        router=torch.cat([source.read_weight(gate) for gate in gates]),
+        gate_up=source.read_experts([(expert.gate, expert.up) for expert in spec.experts]),
+        down=source.read_experts([(expert.down,) for expert in spec.experts]),
+        shared_expert=SharedExpert(_build_mlp(source, shared.mlp)) if shared else None,
+        num_experts=len(spec.experts),
+        num_experts_per_tok=spec.num_experts_per_tok,
+        norm_topk_prob=spec.norm_topk_prob,
+    )
 
 
 def _build_head(source: _Source, config: ModelConfig, embedding: Tensor) -> Linear:

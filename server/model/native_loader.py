@@ -19,6 +19,7 @@ from server.model.expected_tensors import (
     HEAD,
     LayerSpec,
     LinearSpec,
+    MlpSpec,
     check_tensors,
     head_spec,
     layer_spec,
@@ -37,6 +38,8 @@ def find_native_obstacle(directory: Path) -> str | None:
     reader = CheckpointReader.open(directory)
     config = read_model_config(directory)
     check_tensors(reader, config)
+    if config.moe is not None:
+        return "its layers are mixtures of experts"
     if config.head_dim % KEYS_PER_VECTOR:
         return f"its heads are {config.head_dim} wide, no multiple of {KEYS_PER_VECTOR}"
     if config.hidden_size % 32:
@@ -86,7 +89,10 @@ class _Source:
 
 def _joined(spec: LayerSpec) -> tuple[tuple[LinearSpec, ...], ...]:
     """The layer's linears, those together that share their input."""
-    return ((spec.query, spec.key, spec.value), (spec.output,), (spec.gate, spec.up), (spec.down,))
+    mlp = spec.mlp
+    # a mixture of experts is an obstacle
+    assert isinstance(mlp, MlpSpec)
+    return ((spec.query, spec.key, spec.value), (spec.output,), (mlp.gate, mlp.up), (mlp.down,))
 
 
 def _find_obstacle_of(reader: CheckpointReader, specs: Sequence[LinearSpec]) -> str | None:

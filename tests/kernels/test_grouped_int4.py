@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference
-from kernels.experts import ExpertOrder, PackedExperts, sorted_by_expert, stack_experts
+from kernels.experts import PackedExperts, SortedRows, stack_experts
+from kernels.fused_routing import sorted_by_expert
 from kernels.gemm_int4 import gemm_int4
 from kernels.grouped_int4 import grouped_int4, sum_choices
 from kernels.layout import PackedWeight
+from kernels.tiles import grouped_rows
 from tests.kernels.launches import DEVICE, HALF_TYPES, LAST_PLACE, fresh_memory_is_nan, planar_on_device
 from tests.kernels.packed_weights import random_packed_weight
 
@@ -25,9 +27,14 @@ def random_rows(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def run(x: Tensor, experts: PackedExperts, choices: list[int]) -> Tensor:
-    order = ExpertOrder(torch.tensor(choices, dtype=torch.int64, device=DEVICE), experts.num_experts)
+    plan = plan_of(choices, experts.num_experts)
     with fresh_memory_is_nan():
-        return grouped_int4(x.to(DEVICE), experts, order).cpu()
+        return grouped_int4(x.to(DEVICE), experts, plan).cpu()
+
+
+def plan_of(choices: list[int], num_experts: int) -> SortedRows:
+    experts = torch.tensor(choices, dtype=torch.int64, device=DEVICE)
+    return sorted_by_expert(experts[:, None], num_experts, grouped_rows(len(choices), num_experts))
 
 
 @settings(max_examples=6, deadline=None)
@@ -60,20 +67,6 @@ def test_a_row_has_the_bits_of_its_expert_alone_whatever_runs_beside_it() -> Non
     assert torch.equal(run(x[:1], experts, [0]), out[:1])
 
 
-def test_every_assignment_is_in_one_tile_of_its_expert() -> None:
-    choices = torch.tensor([3, 0, 3, 3, 1, 3, 3, 0, 3])
-
-    plan = sorted_by_expert(ExpertOrder(choices, num_experts=6), tile_rows=4)
-
-    seen: list[int] = []
-    for expert, (first, last) in zip(plan.tile_experts.tolist(), plan.tile_rows.tolist(), strict=True):
-        rows = plan.order[first:last].tolist() if first < last else []
-        assert len(rows) <= 4
-        assert all(int(choices[row]) == expert for row in rows)
-        seen += rows
-    assert seen == [1, 7, 4, 0, 2, 3, 5, 6, 8]
-
-
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_choices_are_weighted_and_summed_in_order(dtype: torch.dtype) -> None:
     choices = random_rows(6, 700, dtype)
@@ -100,7 +93,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="4 assignments do not fall evenly on 3 rows"):
         run(x, experts, [0, 0, 1, 1])
     with pytest.raises(ValueError, match="routed to 5 experts, and there are 2"):
-        grouped_int4(x, experts, ExpertOrder(torch.zeros(3, dtype=torch.int64), 5))
+        grouped_int4(x, experts, plan_of([0, 0, 0], 5))
     with pytest.raises(ValueError, match="planar layout, not row_major"):
         stack_experts(weights)
     with pytest.raises(ValueError, match="experts of a layer must agree"):

@@ -15,6 +15,8 @@ from tests.tiny_models import read_config
 
 GROUP_SIZE = 32
 TENSOR_FILE = "model.safetensors"
+# mixtral's experts have numbers for names
+PROJECTIONS = ("_proj", ".w1", ".w2", ".w3")
 
 
 def round_weight(weight: Tensor) -> PackedWeight:
@@ -33,7 +35,7 @@ def quantize_in_place(directory: Path, wanted: Callable[[str], bool]) -> dict[st
     dense = dict(tensors)
     for name in list(tensors):
         module_name = name.removesuffix(".weight")
-        if not module_name.endswith("_proj") or name == module_name or not wanted(module_name):
+        if not module_name.endswith(PROJECTIONS) or name == module_name or not wanted(module_name):
             continue
         packed = round_weight(tensors.pop(name))
         dense[name] = reference.dequantize(packed)

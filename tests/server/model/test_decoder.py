@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from server.model.loader import LoadedModel, load_model
 from tests.paged_cache import Chunk, build_batch, build_layers, build_positions
-from tests.tiny_models import TINY_MODEL_TYPES, VOCAB_SIZE, save_tiny_model
+from tests.tiny_models import TINY_MODEL_TYPES, TINY_MOE_TYPES, VOCAB_SIZE, save_tiny_model
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 40
@@ -45,6 +45,28 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "one head of its own for every query": ("llama", {"num_key_value_heads": 4}),
     "heads wider than hidden size over heads": ("qwen3", {"head_dim": 32}),
+    **{model_type: (model_type, {}) for model_type in TINY_MOE_TYPES},
+    "mixtral with a window": ("mixtral", {"sliding_window": 24}),
+    "qwen2_moe with a dense layer, a window and weights that add up": (
+        "qwen2_moe",
+        {
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+    ),
+    "qwen3_moe with every second layer sparse, a window and weights as they are": (
+        "qwen3_moe",
+        {
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+    ),
 }
 
 

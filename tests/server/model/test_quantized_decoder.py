@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from server.model.layers import DenseLinear, JoinedLinear, QuantizedLinear
 from server.model.loader import LoadedModel, load_model
 from tests.paged_cache import Chunk, build_batch, build_layers, build_positions
-from tests.server.model.quantized_models import quantize_in_place
-from tests.tiny_models import TINY_MODEL_TYPES, VOCAB_SIZE, save_tiny_model
+from tests.server.model.quantized_models import TENSOR_FILE, quantize_in_place
+from tests.tiny_models import TINY_MODEL_TYPES, TINY_MOE_TYPES, VOCAB_SIZE, save_tiny_model
 
 # two layers of four linears, each with three roundings to 8 significant bits, 2**-8 / sqrt(3) of the value each: about
 # 0.011 of the logits' spread of 1; twice that is allowed on average, and eleven times for the worst of ten thousand
@@ -43,8 +44,8 @@ def run_prompt(model: LoadedModel, token_ids: Tensor, num_sequences: int = 1) ->
 
 
 def dense_logits(directory: Path, weights: dict[str, Tensor], token_ids: Tensor) -> Tensor:
+    save_file(weights, directory / TENSOR_FILE, metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    model.load_state_dict(weights, strict=False)
     with torch.inference_mode():
         logits: Tensor = model(token_ids[None]).logits[0]
     return logits
@@ -55,7 +56,7 @@ def token_ids() -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("model_type", TINY_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*TINY_MODEL_TYPES, *TINY_MOE_TYPES])
 def test_packed_weights_stand_for_the_dequantized_ones(model_type: str, tmp_path: Path, token_ids: Tensor) -> None:
     dense = save_tiny_model(model_type, tmp_path / "dense")
     quantized = save_tiny_model(model_type, tmp_path / "quantized")

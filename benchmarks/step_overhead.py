@@ -5,6 +5,7 @@ sequence for planning and applying.
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -61,6 +62,9 @@ def measure(num_sequences: int, num_windows: int) -> StepCost:
         prompt = tuple((index * 7919 + 31 * place) % 32_000 for place in range(length))
         scheduler.add(GenerationRequest(f"cmpl-{index:032x}-0", prompt, SamplingParams(max_tokens=max_tokens)))
     _time_step(scheduler)
+    # as the engine's process does when it has loaded
+    gc.collect()
+    gc.freeze()
     windows = [np.mean([_time_step(scheduler) for _ in range(WINDOW_STEPS)], axis=0) for _ in range(num_windows)]
     return StepCost(num_sequences, *(float(part) * MICROSECONDS for part in np.min(windows, axis=0)))
 

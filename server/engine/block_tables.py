@@ -30,7 +30,9 @@ class BlockTables:
         width = self._tables.shape[1]
         if stop > width:
             self._tables = np.pad(self._tables, ((0, 0), (0, max(stop, 2 * width) - width)))
-        self._tables[row, start:stop] = blocks
+        # one by one: mostly there is one, and a slice costs as much as ten
+        for index, block in enumerate(blocks, start):
+            self._tables[row, index] = block
 
     def gather(self, rows: list[int], max_context_len: int) -> NDArray[np.int32]:
         """A copy of rows, int32 [len(rows), blocks that hold max_context_len tokens]."""

@@ -29,7 +29,12 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
         sampling_rows=tuple(
             [
                 SamplingRow(
-                    sequence.request_id, stop - 1, sequence.request.sampling, sequence.token_ids, sequence.num_prompt
+                    sequence.request_id,
+                    stop - 1,
+                    sequence.request.sampling,
+                    sequence.text,
+                    sequence.num_known,
+                    sequence.num_prompt,
                 )
                 for (sequence, count), stop in zip(num_tokens.items(), starts[1:], strict=True)
                 if sequence.num_computed + count == sequence.num_known

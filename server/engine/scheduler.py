@@ -135,18 +135,22 @@ class Scheduler:
         num_tokens: dict[Sequence, int] = {}
         budget, max_seqs = self._budget.num_tokens, self._budget.num_seqs
         num_preemptions = self._num_preemptions
+        running = SequenceState.RUNNING
         for sequence in tuple(self._running):
             if budget == 0 or len(num_tokens) == max_seqs:
                 break
             if sequence.num_known > sequence.num_places:
                 for victim in self._make_room(sequence):
                     budget += num_tokens.pop(victim, 0)
-            if sequence.state is SequenceState.RUNNING and (share := self._share(sequence, budget)):
+            if sequence.state is running and (share := self._share(sequence, budget)):
                 num_tokens[sequence] = share
                 budget -= share
         # not before all of them are sure of their place in this step
+        block_size = self._pool.block_size
         for sequence, share in num_tokens.items():
-            self._offer(sequence, share)
+            # mostly one token is added to a block that stays open
+            if share > 1 or (sequence.num_computed + 1) % block_size == 0:
+                self._offer(sequence, share)
         self._admitted = []
         # who was just preempted comes first, so nobody new may take the room it left
         if num_preemptions == self._num_preemptions:
@@ -203,34 +207,33 @@ class Scheduler:
         sequence.append_token(token.token_id)
         self._generation_tokens += 1
         params = sequence.request.sampling
+        num_output = sequence.num_known - sequence.num_prompt
         finish_reason: FinishReason | None = None
-        if token.token_id in params.stop_token_ids and sequence.num_output > params.min_tokens:
+        if token.token_id in params.stop_token_ids and num_output > params.min_tokens:
             finish_reason = FinishReason.STOP
-        elif sequence.num_output == params.max_tokens:
+        elif num_output == params.max_tokens:
             finish_reason = FinishReason.LENGTH
+        logprobs = () if token.logprob is None else (token.logprob,)
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         num_cached = 0
-        if sequence.num_output == 1:
+        if num_output == 1:
             num_cached = sequence.num_cached_prompt
             self._prompt_tokens += sequence.num_prompt
             self._cached_prompt_tokens += num_cached
-            if params.prompt_logprobs is not None:
+            if sequence.scores_prompt:
                 prompt_logprobs = (None, *sequence.prompt_logprobs)
         if finish_reason is not None:
             self._finish(sequence)
-        logprobs = () if token.logprob is None else (token.logprob,)
+        # by position: names cost half as much again, for each token of each request
         return TokenEvent(
-            sequence.request_id,
-            (token.token_id,),
-            logprobs,
-            prompt_logprobs,
-            finish_reason,
-            num_cached_tokens=num_cached,
+            sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason, None, num_cached
         )
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
         missing = sequence.num_known - sequence.num_computed
+        if missing == 1:
+            return 1
         chunk = self._limits.prefill_chunk
         if chunk is None:
             return min(missing, budget)
@@ -336,12 +339,11 @@ class Scheduler:
             self._waiting.forget_owners()
 
     def _freeze(self, num_tokens: dict[Sequence, int]) -> StepPlan:
-        started = tuple(sequence.request_id for sequence in num_tokens if not sequence.was_started)
-        for sequence in num_tokens:
-            if not sequence.was_started:
-                sequence.num_cached_prompt = sequence.num_computed
+        first_time = [sequence for sequence in self._admitted if not sequence.was_started]
+        for sequence in first_time:
+            sequence.num_cached_prompt = sequence.num_computed
             sequence.was_started = True
-        return build_plan(num_tokens, self._tables, started)
+        return build_plan(num_tokens, self._tables, tuple([sequence.request_id for sequence in first_time]))
 
 
 def _priority(sequence: Sequence) -> int:

@@ -49,8 +49,9 @@ class Sequence:
         self.last_token_id = request.prompt_token_ids[-1]
         self._token_ids = np.empty(self.num_prompt + request.sampling.max_tokens, dtype=np.int64)
         self._token_ids[: self.num_prompt] = request.prompt_token_ids
-        self._read_only_token_ids = self._token_ids[:]
-        self._read_only_token_ids.flags.writeable = False
+        # a read-only view of the known tokens and of what will come after them
+        self.text = self._token_ids[:]
+        self.text.flags.writeable = False
         # the last token is never computed, so it needs no place
         self.max_num_blocks = self.num_blocks_for(len(self._token_ids) - 1)
         self._block_keys: list[bytes] = []
@@ -62,7 +63,7 @@ class Sequence:
     @property
     def token_ids(self) -> TokenIds:
         """The known tokens: a read-only view, which tokens to come do not change."""
-        return self._read_only_token_ids[: self.num_known]
+        return self.text[: self.num_known]
 
     @property
     def num_missing_blocks(self) -> int:
@@ -87,9 +88,8 @@ class Sequence:
         while len(self._block_keys) < num_blocks:
             start = len(self._block_keys) * self._block_size
             before = self._block_keys[-1] if self._block_keys else self.request.cache_salt.encode()
-            digest = hashlib.sha256(b"%d:" % len(before) + before)
-            digest.update(self._token_ids[start : start + self._block_size].tobytes())
-            self._block_keys.append(digest.digest())
+            tokens = self._token_ids[start : start + self._block_size].tobytes()
+            self._block_keys.append(hashlib.sha256(b"%d:%b%b" % (len(before), before, tokens)).digest())
         return self._block_keys[:num_blocks]
 
     def append_token(self, token_id: int) -> None:

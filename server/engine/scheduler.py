@@ -8,8 +8,6 @@ import math
 from bisect import insort
 from dataclasses import dataclass
 
-import numpy as np
-
 from server.engine.block_pool import BlockPool
 from server.engine.block_tables import BlockTables
 from server.engine.errors import EngineSetupError
@@ -168,7 +166,8 @@ class Scheduler:
     def apply(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Take over what the step computed. Returns one event for every request that has news."""
         self._budget.note_success()
-        for request_id, num_tokens in zip(plan.request_ids, np.diff(plan.query_starts).tolist(), strict=True):
+        counts = plan.query_starts[1:] - plan.query_starts[:-1]
+        for request_id, num_tokens in zip(plan.request_ids, counts.tolist(), strict=True):
             self._sequences[request_id].num_computed += num_tokens
         for scored, logprobs in zip(plan.prompt_logprob_rows, result.prompt_logprobs, strict=True):
             self._sequences[scored.request_id].prompt_logprobs.extend(logprobs)
@@ -192,8 +191,6 @@ class Scheduler:
             # it may have counted on blocks that another of this step was to compute
             self._stop_running(sequence)
             self._waiting.put_back(sequence)
-        for request_id in plan.started:
-            self._sequences[request_id].was_started = False
         if self._budget.shrink(len(plan.token_ids), len(sequences)):
             return []
         self._finish(sequences[0])
@@ -340,9 +337,10 @@ class Scheduler:
 
     def _freeze(self, num_tokens: dict[Sequence, int]) -> StepPlan:
         first_time = [sequence for sequence in self._admitted if not sequence.was_started]
-        for sequence in first_time:
-            sequence.num_cached_prompt = sequence.num_computed
+        for sequence in self._admitted:
             sequence.was_started = True
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_prompt = sequence.num_computed
         return build_plan(num_tokens, self._tables, tuple([sequence.request_id for sequence in first_time]))
 
 

@@ -117,4 +117,4 @@ class RecordingRunner(FakeRunner):
 def sequence_of_token(plan: StepPlan) -> NDArray[np.int64]:
     """The index of the sequence that each of a plan's tokens belongs to, int64 [T]."""
     counts = plan.query_starts[1:] - plan.query_starts[:-1]
-    return np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(counts)).repeat(counts)

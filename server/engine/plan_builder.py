@@ -16,13 +16,13 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
     counts = np.fromiter(num_tokens.values(), dtype=np.int32, count=len(sequences))
     computed = np.array([sequence.num_computed for sequence in sequences], dtype=np.int32)
     query_starts = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_starts[1:])
+    counts.cumsum(out=query_starts[1:])
     context_lens = computed + counts
     starts = query_starts.tolist()
     return StepPlan(
         request_ids=tuple([sequence.request_id for sequence in sequences]),
         token_ids=_token_ids(sequences, counts, starts),
-        positions=np.arange(starts[-1], dtype=np.int64) + np.repeat(computed - query_starts[:-1], counts),
+        positions=np.arange(starts[-1], dtype=np.int64) + (computed - query_starts[:-1]).repeat(counts),
         query_starts=query_starts,
         context_lens=context_lens,
         block_tables=tables.gather([sequence.table_row for sequence in sequences], int(context_lens.max())),

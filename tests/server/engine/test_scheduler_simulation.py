@@ -14,7 +14,7 @@ from tests.server.engine.simulation import Simulation, request, simulation
 
 
 # 12 times as many are 100,000
-NUM_REQUESTS = 1_000
+NUM_REQUESTS = 8_334
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--windows", type=positive_number, default=20, help=f"of {WINDOW_STEPS} steps each; the lowest counts; default: 20"
+        "--windows",
+        type=positive_number,
+        default=20,
+        help=f"of {WINDOW_STEPS} steps each; the lowest counts; default: 20",
     )
     parser.add_argument("--json", type=writable_file, help="a file for the figures")
     return parser

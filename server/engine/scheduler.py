@@ -353,5 +353,6 @@ def _event_of_end(sequence: Sequence, reason: FinishReason, error: str) -> Token
 
 
 def _timeout(sequence: Sequence) -> TokenEvent:
-    words = f"the time for this request was over after {sequence.num_output} of up to {sequence.request.sampling.max_tokens} tokens"
+    max_tokens = sequence.request.sampling.max_tokens
+    words = f"the time for this request was over after {sequence.num_output} of up to {max_tokens} tokens"
     return _event_of_end(sequence, FinishReason.TIMEOUT, words)

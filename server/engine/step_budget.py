@@ -5,7 +5,7 @@ RECOVERY_STEPS = 64
 
 
 class StepBudget:
-    """num_tokens, num_seqs: the most of a step. Both halve where a step was too large, and double when steps go well."""
+    """num_tokens, num_seqs: the most of a step. Both halve where one was too large, and double when steps go well."""
 
     def __init__(self, num_tokens: int, num_seqs: int, min_tokens: int) -> None:
         """min_tokens: the fewest that one sequence can be given, its chunk where prompts are cut at fixed places."""

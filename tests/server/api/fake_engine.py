@@ -24,7 +24,8 @@ class FakeEngineClient:
 
     capacity: how many requests may be under way. The log-probability of a scripted token is -0.5, and the next ids
     follow it. `gate` closed: requests wait before their first token. fail_after: tokens until the engine "dies".
-    expire_after: tokens until a deadline, where a request has one. pause_after: events until a request says nothing more.
+    expire_after: tokens until the deadline, where a request has one. pause_after: events until a request says nothing
+    more.
     """
 
     def __init__(self, script: Script, model: ModelInfo, *, capacity: int = 64) -> None:
@@ -100,7 +101,10 @@ class FakeEngineClient:
         events = []
         for start in range(0, len(tokens), self.tokens_per_event):
             if request.deadline is not None and start >= self.expire_after:
-                return [*events, TokenEvent(request.request_id, (), finish_reason=FinishReason.TIMEOUT, error="too late")]
+                return [
+                    *events,
+                    TokenEvent(request.request_id, (), finish_reason=FinishReason.TIMEOUT, error="too late"),
+                ]
             if self.fail_after is not None and start >= self.fail_after:
                 return [*events, TokenEvent(request.request_id, (), finish_reason=FinishReason.ERROR, error="it died")]
             part = tokens[start : start + self.tokens_per_event]

@@ -204,13 +204,23 @@ def test_stopping_drains_what_it_can_and_aborts_the_rest() -> None:
 
 
 def test_stopping_without_patience_aborts() -> None:
+    # given an engine that is not done before it is stopped
+    may_go_on = Event()
+
+    class HeldRunner(FakeRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            assert may_go_on.wait(10)
+            return super().execute(plan)
+
     async def scenario() -> None:
-        client = InProcessEngineClient(CONFIG, assemble_with(FakeRunner))
+        client = InProcessEngineClient(CONFIG, assemble_with(HeldRunner))
         await client.start()
         await client.wait_until_settled()
         reader = asyncio.create_task(collect(client, request(max_tokens=250)))
         await asyncio.sleep(0)
-        await client.stop(0)
+        stopping = asyncio.create_task(client.stop(0))
         assert (await reader)[-1].finish_reason is FinishReason.ABORTED
+        may_go_on.set()
+        await stopping
 
     asyncio.run(scenario())

@@ -58,7 +58,7 @@ def test_the_least_urgent_is_not_recomputed_for_ever() -> None:
             num_urgent += 1
         num_preempted += preempted_in_a_step(engine).count("batch")
         assert num_urgent < 500
-    assert PREEMPTION_BOUND <= num_preempted
+    assert num_preempted >= PREEMPTION_BOUND
     assert engine.output("batch") == expected_output(request("", 3, 55))
 
 

@@ -12,7 +12,6 @@ from tests.fakes import RecordingRunner, expected_output
 from tests.server.engine.crowd import Journey, serve_crowd
 from tests.server.engine.simulation import Simulation, request, simulation
 
-
 # 12 times as many are 100,000
 NUM_REQUESTS = 8_334
 

@@ -1,7 +1,9 @@
 """The client's contract, on the engine's real loop with a fake model."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -119,6 +121,16 @@ def test_closing_the_generator_returns_the_blocks() -> None:
         for stream in streams:
             await stream.aclose()
         await wait_for(lambda: (stats := client.status().stats) is not None and stats.num_free_blocks == NUM_BLOCKS)
+
+    run(scenario)
+
+
+def test_a_deadline_is_on_the_clock_of_this_machine() -> None:
+    async def scenario(client: InProcessEngineClient) -> None:
+        late = replace(request("late"), deadline=time.monotonic())
+        timely = replace(request("timely"), deadline=time.monotonic() + 60)
+        assert (await collect(client, late))[-1].finish_reason is FinishReason.TIMEOUT
+        assert tokens(await collect(client, timely)) == expected_output(timely)
 
     run(scenario)
 

@@ -44,7 +44,10 @@ def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
     assert engine.pool.num_free == num_blocks
     assert max(Counter(engine.started).values()) == 1
     assert max(engine.runner.num_tokens_per_step) <= limits.max_num_batched_tokens
-    assert engine.scheduler.stats().num_out_of_memory > 0
+    stats = engine.scheduler.stats()
+    assert stats.num_out_of_memory > 0
+    assert (stats.cached_prompt_tokens > 0) == limits.prefix_caching
+    assert (stats.num_preemptions > 0) == (num_blocks < 300)
     for journey in journeys:
         check_events(engine, journey)
     reasons = Counter(journey.finish_reason for journey in journeys)

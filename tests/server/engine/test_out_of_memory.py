@@ -59,6 +59,20 @@ def test_what_a_failed_step_was_to_compute_is_read_by_nobody() -> None:
     assert [engine.events[f"choice {index}"][0].num_cached_tokens for index in range(3)] == [0, 16, 16]
 
 
+def test_what_is_computed_after_a_failed_step_is_shared_as_ever() -> None:
+    # given a prompt of three parts, the second of which fails once
+    engine = simulation(num_blocks=40, budget=8)
+    engine.loop.submit(request("first", num_prompt=25, max_tokens=2))
+    engine.loop.step()
+    engine.runner.memory_tokens = 7
+    engine.loop.step()
+    engine.runner.memory_tokens = None
+    engine.run_to_end()
+    engine.loop.submit(request("again", num_prompt=25, max_tokens=2))
+    engine.run_to_end()
+    assert engine.events["again"][0].num_cached_tokens == 24
+
+
 @pytest.mark.parametrize(("chunk", "memory"), [(None, 0), (8, 7)])
 def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(chunk: int | None, memory: int) -> None:
     engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=chunk))

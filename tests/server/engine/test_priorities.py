@@ -34,6 +34,7 @@ def test_the_least_urgent_yields_though_it_came_first() -> None:
     # given a batch job that started before three others, in a cache that holds not much more than one
     engine = simulation(num_blocks=18, max_num_seqs=4)
     engine.loop.submit(with_priority("batch", 5, num_prompt=3, max_tokens=50))
+    engine.loop.step()
     for index in range(3):
         engine.loop.submit(with_priority(f"plain {index}", 0, num_prompt=3, max_tokens=50))
     victims: list[str] = []

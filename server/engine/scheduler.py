@@ -289,7 +289,7 @@ class Scheduler:
         insort(self._running, sequence, key=_priority)
         self._admitted.append(sequence)
         sequence.state = SequenceState.RUNNING
-        sequence.table_row = self._tables.take_row(sequence.blocks)
+        sequence.enter_tables(self._tables)
         return sequence
 
     def _make_room(self, sequence: Sequence) -> list[Sequence]:
@@ -310,7 +310,7 @@ class Scheduler:
 
     def _stop_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._tables.give_back(sequence.table_row)
+        sequence.leave_tables()
         self._pool.release(sequence.take_blocks())
         sequence.state = SequenceState.WAITING
 
@@ -318,12 +318,9 @@ class Scheduler:
         if sequence.num_missing_blocks == 0:
             return True
         blocks = self._pool.allocate(sequence.num_missing_blocks)
-        if blocks is None:
-            return False
-        if sequence.state is SequenceState.RUNNING:
-            self._tables.write(sequence.table_row, len(sequence.blocks), blocks)
-        sequence.add_blocks(blocks)
-        return True
+        if blocks is not None:
+            sequence.add_blocks(blocks)
+        return blocks is not None
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:

@@ -6,6 +6,7 @@ from enum import Enum
 
 import numpy as np
 
+from server.engine.block_tables import BlockTables
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.engine.step_plan import TokenIds
 
@@ -38,7 +39,8 @@ class Sequence:
         self.num_preemptions = 0
         self.was_started = False
         self.blocks: list[int] = []
-        # where the blocks stand among those of all that run; set while it runs
+        # where the blocks stand too, while it runs, and in which row
+        self._tables: BlockTables | None = None
         self.table_row = 0
         # tokens that the blocks have room for
         self.num_places = 0
@@ -96,7 +98,18 @@ class Sequence:
         self._token_ids[self.num_known] = self.last_token_id = token_id
         self.num_known += 1
 
+    def enter_tables(self, tables: BlockTables) -> None:
+        """Keep its blocks in a row of the tables from now on."""
+        self._tables, self.table_row = tables, tables.take_row(self.blocks)
+
+    def leave_tables(self) -> None:
+        assert self._tables is not None, f"{self.request_id} is in no table"
+        self._tables.give_back(self.table_row)
+        self._tables = None
+
     def add_blocks(self, blocks: list[int]) -> None:
+        if self._tables is not None:
+            self._tables.write(self.table_row, len(self.blocks), blocks)
         self.blocks.extend(blocks)
         self.num_places += len(blocks) * self._block_size
 

@@ -29,15 +29,17 @@ from server.engine.step_tensors import build_step_tensors
 BATCHES = (1, 8, 64, 256)
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 512
-# a whole number of blocks, so that every window takes as many new ones
-WINDOW_STEPS = 4 * BLOCK_SIZE
 STEP_GOAL, SEQUENCE_GOAL = 100.0, 2.0
 MICROSECONDS = 1e6
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Microseconds of one step that decodes num_sequences, each part's lowest mean over a window of steps."""
+    """Microseconds of one step that decodes num_sequences.
+
+    Steps repeat after a block's tokens: as many sequences need a new block, or end one. So each of these steps counts
+    with the lowest time of its repeats, which other programs did not disturb, and a part is the mean of them.
+    """
 
     num_sequences: int
     plan: float
@@ -50,9 +52,9 @@ class StepCost:
         return self.plan + self.apply
 
 
-def measure(num_sequences: int, num_windows: int) -> StepCost:
-    """Decode that many sequences for num_windows windows after their prompts."""
-    max_tokens = (num_windows + 1) * WINDOW_STEPS
+def measure(num_sequences: int, num_repeats: int) -> StepCost:
+    """Decode that many sequences for num_repeats blocks after their prompts."""
+    max_tokens = (num_repeats + 1) * BLOCK_SIZE
     num_blocks = num_sequences * (-(-(PROMPT_TOKENS + BLOCK_SIZE + max_tokens) // BLOCK_SIZE))
     limits = SchedulerLimits(num_sequences, num_sequences * (PROMPT_TOKENS + BLOCK_SIZE))
     scheduler = Scheduler(limits, BlockPool(num_blocks, BLOCK_SIZE))
@@ -65,8 +67,9 @@ def measure(num_sequences: int, num_windows: int) -> StepCost:
     # as the engine's process does when it has loaded
     gc.collect()
     gc.freeze()
-    windows = [np.mean([_time_step(scheduler) for _ in range(WINDOW_STEPS)], axis=0) for _ in range(num_windows)]
-    return StepCost(num_sequences, *(float(part) * MICROSECONDS for part in np.min(windows, axis=0)))
+    # [repeats, steps of a block, parts]
+    seconds = np.array([[_time_step(scheduler) for _ in range(BLOCK_SIZE)] for _ in range(num_repeats)])
+    return StepCost(num_sequences, *(seconds.min(axis=0).mean(axis=0) * MICROSECONDS).tolist())
 
 
 def _time_step(scheduler: Scheduler) -> tuple[float, float, float, float]:
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         costs = []
         for num_sequences in BATCHES:
             announce(f"{num_sequences} sequences")
-            costs.append(measure(num_sequences, options.windows))
+            costs.append(measure(num_sequences, options.repeats))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     Console().print(render(costs))
@@ -144,10 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--windows",
-        type=positive_number,
-        default=20,
-        help=f"of {WINDOW_STEPS} steps each; the lowest counts; default: 20",
+        "--repeats", type=positive_number, default=80, help="of each step, the fastest of which counts; default: 80"
     )
     parser.add_argument("--json", type=writable_file, help="a file for the figures")
     return parser

@@ -6,7 +6,7 @@ from benchmarks.step_overhead import StepCost, fit, measure
 
 
 def test_every_part_of_a_step_is_timed() -> None:
-    cost = measure(3, num_windows=1)
+    cost = measure(3, num_repeats=1)
     assert cost.num_sequences == 3
     assert min(cost.plan, cost.apply, cost.tensors, cost.messages) > 0
     assert cost.scheduling == cost.plan + cost.apply

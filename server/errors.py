@@ -15,7 +15,8 @@ ServerError
 ├── ShuttingDown            503 service_unavailable, Retry-After (a stream that the server's end cuts short)
 ├── TooManyConnections      503 service_unavailable, Retry-After
 ├── JobStoreUnavailable     503 service_unavailable, Retry-After (the job file cannot be read or written)
-└── GenerationFailed        500 server_error
+├── GenerationFailed        500 server_error
+└── DeadlineExceeded        504 timeout_error, x-should-retry: false (the time that the request gave itself was over)
 """
 
 
@@ -26,6 +27,8 @@ class ServerError(Exception):
     type = "server_error"
     default_code: str | None = None
     retry_after_seconds: int | None = None
+    # the same request again would only take the same time
+    is_final = False
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -111,6 +114,13 @@ class TooManyConnections(ServerError):
 
 class GenerationFailed(ServerError):
     default_code = "generation_failed"
+
+
+class DeadlineExceeded(ServerError):
+    status = 504
+    type = "timeout_error"
+    default_code = "deadline_exceeded"
+    is_final = True
 
 
 class JobStoreUnavailable(ServerError):

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.engine.request import EngineStatus
 
 PREFIX = "awq_serve_"
-FinishedReason = Literal["stop", "length", "abort", "error"]
+FinishedReason = Literal["stop", "length", "abort", "timeout", "error"]
 # vLLM's buckets, so that its dashboards draw the same picture
 _FIRST_TOKEN_SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
@@ -92,6 +92,7 @@ class _EngineCollector(Collector):
         yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield _counter("num_preemptions", "Choices put back to wait for room in the KV cache.", stats.num_preemptions)
         yield _counter("engine_steps", "Steps of the engine.", stats.num_steps)
+        yield _counter("out_of_memory_steps", "Steps that the device had no memory for.", stats.num_out_of_memory)
 
 
 def _gauge(name: str, description: str, value: float) -> GaugeMetricFamily:

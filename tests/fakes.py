@@ -1,32 +1,34 @@
 """Stand-ins with real behaviour: a runner whose next token is a function of every token it finds in the cache."""
 
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from server.engine.request import GenerationRequest, ModelInfo, TokenLogprob
-from server.engine.step_plan import SampledToken, StepPlan, StepResult
+from server.engine.step_plan import SampledToken, SamplingRow, StepPlan, StepResult
 
 FAKE_VOCAB_SIZE = 1000
 UNWRITTEN = -1
 
 
-def next_token(token_ids: Sequence[int]) -> int:
-    """The token that follows: every token before it counts, and where it stands."""
-    return zlib.crc32(np.asarray(token_ids, dtype=np.int64).tobytes()) % FAKE_VOCAB_SIZE
+def next_token(text: bytes, checksum: int = 0) -> int:
+    """The token that follows int64 token ids: every one before it counts, and where it stands."""
+    return zlib.crc32(text, checksum) % FAKE_VOCAB_SIZE
 
 
 def expected_output(request: GenerationRequest) -> tuple[int, ...]:
     """What the fake model answers to a request that runs alone."""
     params = request.sampling
-    token_ids = list(request.prompt_token_ids)
-    while len(token_ids) < len(request.prompt_token_ids) + params.max_tokens:
-        token_ids.append(next_token(token_ids))
-        num_output = len(token_ids) - len(request.prompt_token_ids)
-        if token_ids[-1] in params.stop_token_ids and num_output > params.min_tokens:
+    output: list[int] = []
+    checksum = zlib.crc32(np.array(request.prompt_token_ids, dtype=np.int64).tobytes())
+    while len(output) < params.max_tokens:
+        output.append(next_token(b"", checksum))
+        if output[-1] in params.stop_token_ids and len(output) > params.min_tokens:
             break
-    return tuple(token_ids[len(request.prompt_token_ids) :])
+        checksum = zlib.crc32(output[-1].to_bytes(8, "little"), checksum)
+    return tuple(output)
 
 
 def fake_model_info(*, max_model_len: int = 256, num_blocks: int = 64, block_size: int = 4) -> ModelInfo:
@@ -49,48 +51,70 @@ class FakeRunner:
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._slots = np.full((num_blocks, block_size), UNWRITTEN, dtype=np.int64)
-        # the positions from and up to which each slot's token was computed at once
-        self._spans = np.full((num_blocks, block_size, 2), UNWRITTEN, dtype=np.int64)
-        self._block_size = block_size
+        self._tokens = np.full(num_blocks * block_size, UNWRITTEN, dtype=np.int64)
+        self._offsets = np.arange(block_size)
         self.num_tokens_per_step: list[int] = []
-        # by request, how far each step that held some of its tokens computed it
-        self.cuts: dict[str, list[int]] = {}
         self.failing_request_ids: set[str] = set()
-        # by request, the spans of all it read when it last drew a token
-        self.spans_read: dict[str, list[tuple[int, int]]] = {}
+        # the most tokens of a step that the device has memory for; None: of any
+        self.memory_tokens: int | None = None
 
     def execute(self, plan: StepPlan) -> StepResult:
+        sequences, slots = sequence_of_token(plan), self.slots_by_position(plan)
+        written = slots[sequences, plan.positions]
+        if self.memory_tokens is not None and len(plan.token_ids) > self.memory_tokens:
+            # some layers may have written when another finds no room
+            self._tokens[written] = UNWRITTEN
+            raise torch.OutOfMemoryError
+        self._tokens[written] = plan.token_ids
         self.num_tokens_per_step.append(len(plan.token_ids))
-        for sequence in range(len(plan.request_ids)):
-            tokens = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
-            positions = plan.positions[tokens]
-            self.cuts.setdefault(plan.request_ids[sequence], []).append(int(positions[-1]) + 1)
-            blocks = plan.block_tables[sequence, positions // self._block_size]
-            self._slots[blocks, positions % self._block_size] = plan.token_ids[tokens]
-            self._spans[blocks, positions % self._block_size] = positions[0], positions[-1] + 1
-        rows = [self._context(plan, row.token_index) for row in plan.sampling_rows]
-        for row, context in zip(plan.sampling_rows, rows, strict=True):
-            assert context.tolist() == row.token_ids.tolist(), f"{row.request_id} does not read what it wrote"
+        drawing = sequences[np.array([row.token_index for row in plan.sampling_rows], dtype=np.int64)]
+        texts = self._tokens[slots[drawing]]
         return StepResult(
-            tokens=tuple(
-                self._sample(row.request_id, context) for row, context in zip(plan.sampling_rows, rows, strict=True)
-            ),
+            tokens=tuple(self._draw(row, text) for row, text in zip(plan.sampling_rows, texts, strict=True)),
             prompt_logprobs=tuple(
                 tuple(TokenLogprob(target, -float(target), ()) for target in rows.targets.tolist())
                 for rows in plan.prompt_logprob_rows
             ),
         )
 
-    def _context(self, plan: StepPlan, token_index: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        sequence = int(np.searchsorted(plan.query_starts, token_index, side="right")) - 1
-        positions = np.arange(plan.context_lens[sequence])
-        blocks = plan.block_tables[sequence, positions // self._block_size]
-        spans = self._spans[blocks, positions % self._block_size]
-        self.spans_read[plan.request_ids[sequence]] = [(int(start), int(stop)) for start, stop in spans]
-        return np.asarray(self._slots[blocks, positions % self._block_size])
+    def slots_by_position(self, plan: StepPlan) -> NDArray[np.int64]:
+        """Where the token of each position of each sequence is, int64 [B, positions]; means nothing past its own."""
+        slots = plan.block_tables[:, :, None] * len(self._offsets) + self._offsets
+        return slots.reshape(len(plan.block_tables), -1)
 
-    def _sample(self, request_id: str, context: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> SampledToken:
-        if request_id in self.failing_request_ids:
+    def _draw(self, row: SamplingRow, text: NDArray[np.int64]) -> SampledToken:
+        read = text[: row.position].tobytes()
+        assert read == row.token_ids.tobytes(), f"{row.request_id} does not read what it wrote"
+        if row.request_id in self.failing_request_ids:
             return SampledToken(0, error="the model gave no finite logits")
-        return SampledToken(next_token(context.tolist()))
+        return SampledToken(next_token(read))
+
+
+class RecordingRunner(FakeRunner):
+    """Keeps how prompts were cut, and how what was read had been computed."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks, block_size)
+        # the positions from and up to which each slot's token was computed at once
+        self._spans = np.full((num_blocks * block_size, 2), UNWRITTEN, dtype=np.int64)
+        # by request, how far each step that held some of its tokens computed it
+        self.cuts: dict[str, list[int]] = {}
+        # by request, the spans of all it read when it last drew a token
+        self.spans_read: dict[str, list[tuple[int, int]]] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        sequences, slots = sequence_of_token(plan), self.slots_by_position(plan)
+        first = plan.positions[plan.query_starts[:-1]]
+        self._spans[slots[sequences, plan.positions]] = np.stack([first, plan.context_lens], axis=1)[sequences]
+        for request_id, cut in zip(plan.request_ids, plan.context_lens.tolist(), strict=True):
+            self.cuts.setdefault(request_id, []).append(cut)
+        for row in plan.sampling_rows:
+            spans = self._spans[slots[sequences[row.token_index], : row.position]]
+            self.spans_read[row.request_id] = [(start, stop) for start, stop in spans.tolist()]
+        return super().execute(plan)
+
+
+def sequence_of_token(plan: StepPlan) -> NDArray[np.int64]:
+    """The index of the sequence that each of a plan's tokens belongs to, int64 [T]."""
+    counts = plan.query_starts[1:] - plan.query_starts[:-1]
+    return np.arange(len(counts)).repeat(counts)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
-from server.errors import EngineUnavailable, GenerationFailed
+from server.errors import DeadlineExceeded, EngineUnavailable, GenerationFailed
 from server.text.detokenizer import Detokenizer
 from server.text.stop_strings import StopStrings
 from server.text.tokenizer import Tokenizer
@@ -82,6 +82,8 @@ class ChoiceText:
             raise GenerationFailed(event.error or "the engine failed on this request")
         if event.finish_reason is FinishReason.ABORTED:
             raise EngineUnavailable(event.error or "the server ended this request before it was done")
+        if event.finish_reason is FinishReason.TIMEOUT:
+            raise DeadlineExceeded(event.error or "the time for this request was over")
         self._num_cached_tokens += event.num_cached_tokens
         text = self._echo(event) if self._is_first else ""
         self._is_first = False

@@ -51,6 +51,9 @@ def error_response(error: ServerError) -> Response:
     headers = {}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.is_final:
+        # OpenAI's clients repeat a 5xx unless they are told
+        headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in _UNREAD:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from server.api.choice_text import Choice, ChoiceDelta, ChoiceText
 from server.api.services import Services
-from server.errors import EngineUnavailable, GenerationFailed, ServerError
+from server.errors import DeadlineExceeded, EngineUnavailable, GenerationFailed, ServerError
 from server.metrics import FinishedReason
 
 
@@ -41,7 +41,7 @@ async def _stream_choice(services: Services, choice: Choice) -> AsyncGenerator[C
                 if delta.finish_reason is not None:
                     return
     except ServerError as error:
-        outcome = "error"
+        outcome = "timeout" if isinstance(error, DeadlineExceeded) else "error"
         if isinstance(error, GenerationFailed) and services.engine.status().state != "ready":
             # the engine died, which is no fault of the request: the next one will do it
             raise EngineUnavailable(error.message) from error

@@ -8,7 +8,7 @@ IGNORED_FIELDS = frozenset(
         *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention"),
         *("safety_identifier", "service_tier", "store", "verbosity"),
         # vLLM
-        *("detokenize", "kv_transfer_params", "mm_processor_kwargs", "priority", "request_id"),
+        *("detokenize", "kv_transfer_params", "mm_processor_kwargs", "request_id"),
         *("spaces_between_special_tokens", "vllm_xargs"),
         # llama.cpp
         *("cache_prompt", "id_slot", "n_keep", "n_probs", "post_sampling_probs", "samplers", "timings_per_token"),

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from server.api.errors import describe
 from server.api.ignored_fields import field_labels
 from server.api.unsupported_fields import UnsupportedField, check_unsupported
-from server.engine.request import ModelInfo, SamplingParams
+from server.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from server.errors import InvalidRequest
 from server.settings import Settings
 
@@ -19,6 +19,8 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 128
 MAX_SALT_CHARACTERS = 256
+# a day
+MAX_TIMEOUT_SECONDS = 86_400
 INT64 = 1 << 63
 
 
@@ -90,6 +92,9 @@ class SamplingFields(BaseModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    # as in vLLM: lower goes first
+    priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "SamplingFields":
@@ -102,10 +107,6 @@ class SamplingFields(BaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
-
-    def salt_for(self, tenant: str) -> str:
-        """What keeps the cache of a tenant's prompts, and of one salt of theirs, from all others."""
-        return f"{tenant}:{self.cache_salt or ''}"
 
     @property
     def skips_special_tokens(self) -> bool:
@@ -157,6 +158,30 @@ def stop_strings(fields: SamplingFields, settings: Settings) -> tuple[str, ...]:
             f"a stop string has at most {settings.max_stop_characters} characters, and one has {longest}", param="stop"
         )
     return fields.stop
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Whom a request is from. tenant: a name for the key. arrived: when it came, by time.monotonic."""
+
+    tenant: str
+    arrived: float
+
+
+def generation_request(
+    request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, fields: SamplingFields, sender: Sender
+) -> GenerationRequest:
+    """One choice as the engine is asked for it."""
+    return GenerationRequest(
+        request_id,
+        prompt,
+        sampling,
+        # what keeps the cache of a tenant's prompts, and of one salt of theirs, from all others
+        cache_salt=f"{sender.tenant}:{fields.cache_salt or ''}",
+        priority=fields.priority or 0,
+        owner=sender.tenant,
+        deadline=None if fields.timeout is None else sender.arrived + fields.timeout,
+    )
 
 
 @dataclass(frozen=True)

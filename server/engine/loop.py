@@ -1,24 +1,37 @@
 """The engine's loop: plan, execute, apply. Runs in one thread or process; knows no transport."""
 
+import time
 from collections.abc import Callable
+
+import torch
 
 from server.engine.admission import check_request
 from server.engine.request import EngineNews, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 from server.engine.scheduler import Scheduler
-from server.engine.step_plan import StepRunner
+from server.engine.step_plan import StepPlan, StepRunner
 from server.errors import ServerError
 
 Publish = Callable[[EngineNews], None]
+Clock = Callable[[], float]
 
 
 class EngineLoop:
     """Whoever drives it calls submit and abort between steps, so both take effect at one point of the step."""
 
-    def __init__(self, scheduler: Scheduler, runner: StepRunner, model: ModelInfo, publish: Publish) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        model: ModelInfo,
+        publish: Publish,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """clock: the seconds that deadlines of requests are measured by."""
         self._scheduler = scheduler
         self._runner = runner
         self._model = model
         self._publish = publish
+        self._clock = clock
 
     @property
     def has_work(self) -> bool:
@@ -42,16 +55,25 @@ class EngineLoop:
             self._publish_event(event)
 
     def step(self) -> None:
-        """Run one step, if there is anything to do."""
+        """End the requests whose time is over, then run one step, if there is anything to do."""
+        events = self._scheduler.expire(self._clock())
         plan = self._scheduler.plan_step()
-        if plan is None:
-            return
-        if plan.started:
-            # said before the model runs: after a crash nobody retries what may have caused it
-            self._publish(EngineNews(plan.started, (), self._scheduler.stats()))
-        result = self._runner.execute(plan)
-        events = self._scheduler.apply(plan, result)
-        self._publish(EngineNews((), tuple(events), self._scheduler.stats()))
+        if plan is not None:
+            if plan.started:
+                # said before the model runs: after a crash nobody retries what may have caused it
+                self._publish(EngineNews(plan.started, (), self._scheduler.stats()))
+            events += self._execute(plan)
+        if plan is not None or events:
+            self._publish(EngineNews((), tuple(events), self._scheduler.stats()))
+
+    def _execute(self, plan: StepPlan) -> list[TokenEvent]:
+        """What came out of a step; where it ran out of memory it is taken back, and the next one is smaller."""
+        try:
+            result = self._runner.execute(plan)
+        except torch.OutOfMemoryError:
+            result = None
+        # not within the clause above: until it ends, the error keeps alive what the step had computed
+        return self._scheduler.take_back(plan) if result is None else self._scheduler.apply(plan, result)
 
     def publish_stats(self) -> None:
         """Say that the engine lives, when no step does."""

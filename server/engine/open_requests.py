@@ -19,6 +19,7 @@ def merge_events(events: list[TokenEvent]) -> TokenEvent:
         prompt_logprobs=tuple(logprob for event in events for logprob in event.prompt_logprobs),
         finish_reason=events[-1].finish_reason,
         error=events[-1].error,
+        num_cached_tokens=sum(event.num_cached_tokens for event in events),
     )
 
 

@@ -3,59 +3,78 @@
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
+from server.engine.block_tables import BlockTables
 from server.engine.sequence import Sequence
-from server.engine.step_plan import PromptLogprobRows, SamplingRow, StepPlan
+from server.engine.step_plan import PromptLogprobRows, SamplingRow, StepPlan, TokenIds
 
 
-def build_plan(num_tokens: Mapping[Sequence, int], started: tuple[str, ...]) -> StepPlan:
+def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started: tuple[str, ...]) -> StepPlan:
     """The step that computes the next num_tokens[sequence] tokens of each sequence, in the mapping's order."""
-    sequences = tuple(num_tokens)
+    sequences = list(num_tokens)
     counts = np.fromiter(num_tokens.values(), dtype=np.int32, count=len(sequences))
     computed = np.array([sequence.num_computed for sequence in sequences], dtype=np.int32)
     query_starts = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_starts[1:])
-    block_tables = np.zeros((len(sequences), max(len(sequence.blocks) for sequence in sequences)), dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        block_tables[row, : len(sequence.blocks)] = sequence.block_table
-    positions = np.arange(query_starts[-1], dtype=np.int64) + np.repeat(computed - query_starts[:-1], counts)
+    counts.cumsum(out=query_starts[1:])
+    context_lens = computed + counts
+    starts = query_starts.tolist()
     return StepPlan(
-        request_ids=tuple(sequence.request_id for sequence in sequences),
-        token_ids=np.concatenate(
-            [
-                sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
-                for sequence, count in num_tokens.items()
-            ]
-        ),
-        positions=positions,
+        request_ids=tuple([sequence.request_id for sequence in sequences]),
+        token_ids=_token_ids(sequences, counts, starts),
+        positions=np.arange(starts[-1], dtype=np.int64) + (computed - query_starts[:-1]).repeat(counts),
         query_starts=query_starts,
-        context_lens=computed + counts,
-        block_tables=block_tables,
+        context_lens=context_lens,
+        block_tables=tables.gather([sequence.table_row for sequence in sequences], int(context_lens.max())),
         sampling_rows=tuple(
-            _sampling_row(sequence, int(stop) - 1)
-            for (sequence, count), stop in zip(num_tokens.items(), query_starts[1:], strict=True)
-            if sequence.num_computed + count == sequence.num_known
+            [
+                SamplingRow(
+                    sequence.request_id,
+                    stop - 1,
+                    sequence.request.sampling,
+                    sequence.text,
+                    sequence.num_known,
+                    sequence.num_prompt,
+                )
+                for (sequence, count), stop in zip(num_tokens.items(), starts[1:], strict=True)
+                if sequence.num_computed + count == sequence.num_known
+            ]
         ),
         prompt_logprob_rows=tuple(
             rows
-            for (sequence, count), start in zip(num_tokens.items(), query_starts, strict=False)
-            if (rows := _prompt_logprob_rows(sequence, count, int(start))) is not None
+            for sequence, start in zip(sequences, starts, strict=False)
+            if sequence.scores_prompt and (rows := _prompt_logprob_rows(sequence, num_tokens[sequence], start))
         ),
         started=started,
     )
 
 
-def _sampling_row(sequence: Sequence, token_index: int) -> SamplingRow:
-    return SamplingRow(
-        sequence.request_id, token_index, sequence.request.sampling, sequence.token_ids, sequence.num_prompt
+def _token_ids(sequences: list[Sequence], counts: NDArray[np.int32], starts: list[int]) -> TokenIds:
+    """What the step computes of each sequence, one after the other: mostly the last token of each."""
+    if starts[-1] == len(sequences):
+        # a sequence of one token may still be one whose prompt or output is computed token by token
+        return np.array(
+            [
+                sequence.last_token_id
+                if sequence.num_computed + 1 == sequence.num_known
+                else sequence.token_ids[sequence.num_computed]
+                for sequence in sequences
+            ],
+            dtype=np.int64,
+        )
+    return np.concatenate(
+        [
+            sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
+            for sequence, count in zip(sequences, counts.tolist(), strict=True)
+        ]
     )
 
 
 def _prompt_logprob_rows(sequence: Sequence, count: int, token_start: int) -> PromptLogprobRows | None:
     """The prompt tokens that this chunk predicts and that have no score yet (a recomputed chunk scores none twice)."""
-    num_top = sequence.request.sampling.prompt_logprobs
     first = max(sequence.num_computed + 1, sequence.num_scored_prompt)
     stop = min(sequence.num_computed + count + 1, sequence.num_prompt)
+    num_top = sequence.request.sampling.prompt_logprobs
     if num_top is None or first >= stop:
         return None
     offset = first - 1 - sequence.num_computed

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     ABORTED = "aborted"
+    TIMEOUT = "timeout"
     ERROR = "error"
 
 
@@ -41,12 +42,20 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """cache_salt: only requests with the same one read what the other computed for a common beginning of prompts."""
+    """cache_salt: only requests with the same one read what the other computed for a common beginning of prompts.
+
+    priority: lower starts first and is preempted last. owner: among equal priorities, owners take turns.
+    deadline: when the request ends with FinishReason.TIMEOUT unless it is done, on the clock of time.monotonic, which
+    all processes of a machine share; None for never.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: str = ""
+    priority: int = 0
+    owner: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,16 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """News of one request. Every admitted request gets exactly one event with a finish reason, its last.
+
+    A tuple, as there is one for every token: a frozen dataclass takes three times as long to make.
 
     token_ids: the tokens that are new since the event before. The token that ended a request by stop_token_ids is
     included as the last one. logprobs: one entry a token when asked for, else empty.
     prompt_logprobs: on the first event when asked for; entry 0 is None, as nothing predicts the first token.
     num_cached_tokens: how many of the prompt's were found in the cache; on the first event with a token, else 0.
-    error: what went wrong, for FinishReason.ERROR.
+    error: what went wrong, for FinishReason.ERROR and TIMEOUT.
     """
 
     request_id: str
@@ -108,7 +118,8 @@ class ModelInfo:
 class EngineStats:
     """A snapshot for the metrics. Blocks count KV cache blocks, free ones with and without cached content.
 
-    cached_prompt_tokens: those of prompt_tokens that were found in the cache.
+    cached_prompt_tokens: those of prompt_tokens that were found in the cache. num_out_of_memory: steps that the device
+    had no memory for.
     """
 
     num_running: int
@@ -120,6 +131,7 @@ class EngineStats:
     generation_tokens: int
     num_steps: int
     cached_prompt_tokens: int = 0
+    num_out_of_memory: int = 0
 
 
 @dataclass(frozen=True)

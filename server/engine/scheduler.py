@@ -5,20 +5,23 @@ catch up with the first. Chunked prefill, decode and recomputation after a preem
 """
 
 import math
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
-import numpy as np
-
 from server.engine.block_pool import BlockPool
+from server.engine.block_tables import BlockTables
 from server.engine.errors import EngineSetupError
 from server.engine.plan_builder import build_plan
 from server.engine.request import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from server.engine.sequence import Sequence, SequenceState
+from server.engine.step_budget import StepBudget
 from server.engine.step_plan import SampledToken, StepPlan, StepResult
+from server.engine.waiting_queue import WaitingQueue
 
 # a sequence preempted this often is spared until all that run are: no request is recomputed for ever
 PREEMPTION_BOUND = 3
+
+_OUT_OF_MEMORY = "the device has not enough free memory to compute even the smallest part of this request"
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,23 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """add and abort between steps; then plan_step, execute elsewhere, apply."""
+    """add, abort and expire between steps; then plan_step, execute elsewhere, apply, or take_back if that failed."""
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self._limits = limits
         self._pool = pool
+        self._budget = StepBudget(limits.max_num_batched_tokens, limits.max_num_seqs, limits.prefill_chunk or 1)
+        self._tables = BlockTables(limits.max_num_seqs, pool.block_size)
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue()
+        # the most urgent first, those of one priority as they started: whoever is last yields first
         self._running: list[Sequence] = []
+        # those that the step planned last started
+        self._admitted: list[Sequence] = []
+        # no request ends for its deadline before
+        self._next_deadline = math.inf
         self._num_preemptions = 0
+        self._num_out_of_memory = 0
         self._prompt_tokens = 0
         self._cached_prompt_tokens = 0
         self._generation_tokens = 0
@@ -80,6 +91,7 @@ class Scheduler:
             generation_tokens=self._generation_tokens,
             num_steps=self._num_steps,
             cached_prompt_tokens=self._cached_prompt_tokens,
+            num_out_of_memory=self._num_out_of_memory,
         )
 
     def check_integrity(self) -> None:
@@ -95,7 +107,8 @@ class Scheduler:
         sequence = Sequence(request, self._pool.block_size)
         assert sequence.max_num_blocks <= self._pool.num_blocks, "the request can never fit the cache"
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
+        self._next_deadline = min(self._next_deadline, sequence.deadline)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request and free its blocks; None when it has ended already."""
@@ -105,22 +118,38 @@ class Scheduler:
         self._finish(sequence)
         return TokenEvent(request_id, (), finish_reason=FinishReason.ABORTED)
 
+    def expire(self, now: float) -> list[TokenEvent]:
+        """End the requests whose deadline has come. now: on the clock of their deadlines."""
+        if now < self._next_deadline:
+            return []
+        late = [sequence for sequence in self._sequences.values() if sequence.deadline <= now]
+        for sequence in late:
+            self._finish(sequence)
+        self._next_deadline = min((sequence.deadline for sequence in self._sequences.values()), default=math.inf)
+        return [_timeout(sequence) for sequence in late]
+
     def plan_step(self) -> StepPlan | None:
         """Spend the token budget: first on the running sequences in order, then on waiting ones. None without work."""
         num_tokens: dict[Sequence, int] = {}
-        budget = self._limits.max_num_batched_tokens
+        budget, max_seqs = self._budget.num_tokens, self._budget.num_seqs
         num_preemptions = self._num_preemptions
+        running = SequenceState.RUNNING
         for sequence in tuple(self._running):
-            if budget == 0:
+            if budget == 0 or len(num_tokens) == max_seqs:
                 break
-            for victim in self._make_room(sequence):
-                budget += num_tokens.pop(victim, 0)
-            if sequence.state is SequenceState.RUNNING and (share := self._share(sequence, budget)):
+            if sequence.num_known > sequence.num_places:
+                for victim in self._make_room(sequence):
+                    budget += num_tokens.pop(victim, 0)
+            if sequence.state is running and (share := self._share(sequence, budget)):
                 num_tokens[sequence] = share
                 budget -= share
         # not before all of them are sure of their place in this step
+        block_size = self._pool.block_size
         for sequence, share in num_tokens.items():
-            self._offer(sequence, share)
+            # mostly one token is added to a block that stays open
+            if share > 1 or (sequence.num_computed + 1) % block_size == 0:
+                self._offer(sequence, share)
+        self._admitted = []
         # who was just preempted comes first, so nobody new may take the room it left
         if num_preemptions == self._num_preemptions:
             while budget > 0 and (admitted := self._admit_next(budget)) is not None:
@@ -131,11 +160,14 @@ class Scheduler:
             assert not self._sequences, "requests wait, yet none fits the empty cache"
             return None
         self._num_steps += 1
+        self._waiting.charge(num_tokens)
         return self._freeze(num_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Take over what the step computed. Returns one event for every request that has news."""
-        for request_id, num_tokens in zip(plan.request_ids, np.diff(plan.query_starts).tolist(), strict=True):
+        self._budget.note_success()
+        counts = plan.query_starts[1:] - plan.query_starts[:-1]
+        for request_id, num_tokens in zip(plan.request_ids, counts.tolist(), strict=True):
             self._sequences[request_id].num_computed += num_tokens
         for scored, logprobs in zip(plan.prompt_logprob_rows, result.prompt_logprobs, strict=True):
             self._sequences[scored.request_id].prompt_logprobs.extend(logprobs)
@@ -144,42 +176,61 @@ class Scheduler:
             for row, token in zip(plan.sampling_rows, result.tokens, strict=True)
         ]
 
+    def take_back(self, plan: StepPlan) -> list[TokenEvent]:
+        """Undo the step planned last, which the device had no memory for: nothing of it was computed.
+
+        The next ones are smaller for a while. Returns the last event of a request that no step can be small enough for.
+        """
+        self._num_out_of_memory += 1
+        sequences = [self._sequences[request_id] for request_id in plan.request_ids]
+        for sequence in sequences:
+            # others might find there what is not there
+            self._pool.forget(sequence.blocks[sequence.num_computed // self._pool.block_size :])
+            sequence.num_shareable = min(sequence.num_shareable, sequence.num_computed)
+        for sequence in reversed(self._admitted):
+            # it may have counted on blocks that another of this step was to compute
+            self._stop_running(sequence)
+            self._waiting.put_back(sequence)
+        if self._budget.shrink(len(plan.token_ids), len(sequences)):
+            return []
+        self._finish(sequences[0])
+        return [_event_of_end(sequences[0], FinishReason.ERROR, _OUT_OF_MEMORY)]
+
     def _take_token(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         if token.error is not None:
             self._pool.forget(sequence.blocks)
             self._finish(sequence)
-            return TokenEvent(sequence.request_id, (), finish_reason=FinishReason.ERROR, error=token.error)
+            return _event_of_end(sequence, FinishReason.ERROR, token.error)
         sequence.append_token(token.token_id)
         self._generation_tokens += 1
         params = sequence.request.sampling
+        num_output = sequence.num_known - sequence.num_prompt
         finish_reason: FinishReason | None = None
-        if token.token_id in params.stop_token_ids and sequence.num_output > params.min_tokens:
+        if token.token_id in params.stop_token_ids and num_output > params.min_tokens:
             finish_reason = FinishReason.STOP
-        elif sequence.num_output == params.max_tokens:
+        elif num_output == params.max_tokens:
             finish_reason = FinishReason.LENGTH
+        logprobs = () if token.logprob is None else (token.logprob,)
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         num_cached = 0
-        if sequence.num_output == 1:
+        if num_output == 1:
             num_cached = sequence.num_cached_prompt
             self._prompt_tokens += sequence.num_prompt
             self._cached_prompt_tokens += num_cached
-            if params.prompt_logprobs is not None:
+            if sequence.scores_prompt:
                 prompt_logprobs = (None, *sequence.prompt_logprobs)
         if finish_reason is not None:
             self._finish(sequence)
-        logprobs = () if token.logprob is None else (token.logprob,)
+        # by position: names cost half as much again, for each token of each request
         return TokenEvent(
-            sequence.request_id,
-            (token.token_id,),
-            logprobs,
-            prompt_logprobs,
-            finish_reason,
-            num_cached_tokens=num_cached,
+            sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason, None, num_cached
         )
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
         missing = sequence.num_known - sequence.num_computed
+        if missing == 1:
+            return 1
         chunk = self._limits.prefill_chunk
         if chunk is None:
             return min(missing, budget)
@@ -227,35 +278,41 @@ class Scheduler:
 
     def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence to the running ones, with blocks for all it knows; None if it must wait."""
-        if not self._waiting or len(self._running) == self._limits.max_num_seqs:
+        if not self._waiting or len(self._running) >= self._budget.num_seqs:
             return None
-        sequence = self._waiting[0]
+        sequence = self._waiting.first()
         self._take_cached(sequence)
         if not self._share(sequence, budget) or not self._allocate_missing(sequence):
             self._pool.release(sequence.take_blocks())
             return None
-        self._waiting.popleft()
-        self._running.append(sequence)
+        self._waiting.start(sequence)
+        insort(self._running, sequence, key=_priority)
+        self._admitted.append(sequence)
         sequence.state = SequenceState.RUNNING
+        sequence.enter_tables(self._tables)
         return sequence
 
     def _make_room(self, sequence: Sequence) -> list[Sequence]:
         """Give a running sequence blocks for all it knows. Returns who was preempted for it, itself perhaps."""
         victims: list[Sequence] = []
         while sequence.state is SequenceState.RUNNING and not self._allocate_missing(sequence):
-            # the last that runs, of those that have not been preempted too often
+            # the last, so of the least urgent, of those that have not been preempted too often
             victim = min(reversed(self._running), key=lambda other: other.num_preemptions >= PREEMPTION_BOUND)
             self._preempt(victim)
             victims.append(victim)
         return victims
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.take_blocks())
-        self._running.remove(sequence)
-        self._waiting.appendleft(sequence)
-        sequence.state = SequenceState.WAITING
+        self._stop_running(sequence)
+        self._waiting.put_back(sequence)
         sequence.num_preemptions += 1
         self._num_preemptions += 1
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        sequence.leave_tables()
+        self._pool.release(sequence.take_blocks())
+        sequence.state = SequenceState.WAITING
 
     def _allocate_missing(self, sequence: Sequence) -> bool:
         if sequence.num_missing_blocks == 0:
@@ -266,16 +323,33 @@ class Scheduler:
         return blocks is not None
 
     def _finish(self, sequence: Sequence) -> None:
-        queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
-        queue.remove(sequence)
-        self._pool.release(sequence.take_blocks())
+        if sequence.state is SequenceState.RUNNING:
+            self._stop_running(sequence)
+        else:
+            self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         del self._sequences[sequence.request_id]
+        if not self._sequences:
+            self._waiting.forget_owners()
 
     def _freeze(self, num_tokens: dict[Sequence, int]) -> StepPlan:
-        started = tuple(sequence.request_id for sequence in num_tokens if not sequence.was_started)
-        for sequence in num_tokens:
-            if not sequence.was_started:
-                sequence.num_cached_prompt = sequence.num_computed
+        first_time = [sequence for sequence in self._admitted if not sequence.was_started]
+        for sequence in self._admitted:
             sequence.was_started = True
-        return build_plan(num_tokens, started)
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_prompt = sequence.num_computed
+        return build_plan(num_tokens, self._tables, tuple([sequence.request_id for sequence in first_time]))
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.priority
+
+
+def _event_of_end(sequence: Sequence, reason: FinishReason, error: str) -> TokenEvent:
+    return TokenEvent(sequence.request_id, (), finish_reason=reason, error=error)
+
+
+def _timeout(sequence: Sequence) -> TokenEvent:
+    max_tokens = sequence.request.sampling.max_tokens
+    words = f"the time for this request was over after {sequence.num_output} of up to {max_tokens} tokens"
+    return _event_of_end(sequence, FinishReason.TIMEOUT, words)

@@ -1,11 +1,12 @@
 """The progress of one request through the scheduler: tokens known, tokens computed, blocks held."""
 
 import hashlib
+import math
 from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
 
+from server.engine.block_tables import BlockTables
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.engine.step_plan import TokenIds
 
@@ -17,10 +18,18 @@ class SequenceState(Enum):
 
 
 class Sequence:
-    """Only the scheduler changes it. Known tokens are the prompt and the output; a step computes some of the rest."""
+    """Only the scheduler changes it. Known tokens are the prompt and the output; a step computes some of the rest.
+
+    What a step looks at is a plain attribute, not a property: that is read for every sequence in every step.
+    """
 
     def __init__(self, request: GenerationRequest, block_size: int) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.priority = request.priority
+        self.deadline = math.inf if request.deadline is None else request.deadline
+        # its place in the order in which requests came
+        self.arrival = 0
         self.state = SequenceState.WAITING
         self.num_computed = 0
         # the leading tokens whose keys and values other requests may read
@@ -30,43 +39,38 @@ class Sequence:
         self.num_preemptions = 0
         self.was_started = False
         self.blocks: list[int] = []
+        # where the blocks stand too, while it runs, and in which row
+        self._tables: BlockTables | None = None
+        self.table_row = 0
+        # tokens that the blocks have room for
+        self.num_places = 0
+        self.scores_prompt = request.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprob] = []
         self._block_size = block_size
-        self._num_known = self.num_prompt = len(request.prompt_token_ids)
+        self.num_known = self.num_prompt = len(request.prompt_token_ids)
+        self.last_token_id = request.prompt_token_ids[-1]
         self._token_ids = np.empty(self.num_prompt + request.sampling.max_tokens, dtype=np.int64)
         self._token_ids[: self.num_prompt] = request.prompt_token_ids
+        # a read-only view of the known tokens and of what will come after them
+        self.text = self._token_ids[:]
+        self.text.flags.writeable = False
         # the last token is never computed, so it needs no place
         self.max_num_blocks = self.num_blocks_for(len(self._token_ids) - 1)
-        self._block_table = np.zeros(self.max_num_blocks, dtype=np.int32)
         self._block_keys: list[bytes] = []
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def num_known(self) -> int:
-        return self._num_known
-
-    @property
     def num_output(self) -> int:
-        return self._num_known - self.num_prompt
+        return self.num_known - self.num_prompt
 
     @property
     def token_ids(self) -> TokenIds:
         """The known tokens: a read-only view, which tokens to come do not change."""
-        view = self._token_ids[: self._num_known]
-        view.flags.writeable = False
-        return view
-
-    @property
-    def block_table(self) -> NDArray[np.int32]:
-        return self._block_table[: len(self.blocks)]
+        return self.text[: self.num_known]
 
     @property
     def num_missing_blocks(self) -> int:
         """Blocks still to allocate before every known token has its place."""
-        return self.num_blocks_for(self._num_known) - len(self.blocks)
+        return self.num_blocks_for(self.num_known) - len(self.blocks)
 
     @property
     def num_scored_prompt(self) -> int:
@@ -86,20 +90,31 @@ class Sequence:
         while len(self._block_keys) < num_blocks:
             start = len(self._block_keys) * self._block_size
             before = self._block_keys[-1] if self._block_keys else self.request.cache_salt.encode()
-            digest = hashlib.sha256(b"%d:" % len(before) + before)
-            digest.update(self._token_ids[start : start + self._block_size].tobytes())
-            self._block_keys.append(digest.digest())
+            tokens = self._token_ids[start : start + self._block_size].tobytes()
+            self._block_keys.append(hashlib.sha256(b"%d:%b%b" % (len(before), before, tokens)).digest())
         return self._block_keys[:num_blocks]
 
     def append_token(self, token_id: int) -> None:
-        self._token_ids[self._num_known] = token_id
-        self._num_known += 1
+        self._token_ids[self.num_known] = self.last_token_id = token_id
+        self.num_known += 1
+
+    def enter_tables(self, tables: BlockTables) -> None:
+        """Keep its blocks in a row of the tables from now on."""
+        self._tables, self.table_row = tables, tables.take_row(self.blocks)
+
+    def leave_tables(self) -> None:
+        assert self._tables is not None, f"{self.request_id} is in no table"
+        self._tables.give_back(self.table_row)
+        self._tables = None
 
     def add_blocks(self, blocks: list[int]) -> None:
-        self._block_table[len(self.blocks) : len(self.blocks) + len(blocks)] = blocks
+        if self._tables is not None:
+            self._tables.write(self.table_row, len(self.blocks), blocks)
         self.blocks.extend(blocks)
+        self.num_places += len(blocks) * self._block_size
 
     def take_blocks(self) -> list[int]:
         """Give up all blocks, and with them what was computed."""
-        blocks, self.blocks, self.num_computed, self.num_shareable = self.blocks, [], 0, 0
+        blocks, self.blocks = self.blocks, []
+        self.num_places = self.num_computed = self.num_shareable = 0
         return blocks

@@ -11,12 +11,20 @@ from server.api.choice_text import Choice, ChoiceDelta
 from server.api.generation import stream_choices
 from server.api.logprobs import ChatLogprobs, chat_logprobs, num_entries
 from server.api.prompt import FieldNames, choose_max_tokens, compute, encode_prompt
-from server.api.sampling_fields import INT64, LogprobCounts, check_num_choices, sampling_params, stop_strings
+from server.api.sampling_fields import (
+    INT64,
+    LogprobCounts,
+    Sender,
+    check_num_choices,
+    generation_request,
+    sampling_params,
+    stop_strings,
+)
 from server.api.services import Services
 from server.api.sse import frame
 from server.api.unsupported_fields import FOR_CHATS
 from server.api.usage import Usage, UsageCounter
-from server.engine.request import GenerationRequest, ModelInfo
+from server.engine.request import ModelInfo
 from server.errors import InvalidRequest
 
 
@@ -40,11 +48,12 @@ async def prepare(body: ChatBody, services: Services, tenant: str) -> ChatJob:
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
     check_num_choices(1, body.num_choices, services.settings)
     model = services.loaded_model()
+    sender = Sender(tenant, time.monotonic())
     size = sum(len(message.content or "") for message in body.messages)
-    return await compute(size, lambda: _plan(body, services, model, tenant))
+    return await compute(size, lambda: _plan(body, services, model, sender))
 
 
-def _plan(body: ChatBody, services: Services, model: ModelInfo, tenant: str) -> ChatJob:
+def _plan(body: ChatBody, services: Services, model: ModelInfo, sender: Sender) -> ChatJob:
     if services.chat_template is None:
         raise InvalidRequest(
             f"the model {services.served_model.name!r} has no chat template; use /v1/completions", param="messages"
@@ -61,8 +70,8 @@ def _plan(body: ChatBody, services: Services, model: ModelInfo, tenant: str) -> 
     choices = tuple(
         Choice(
             index=index,
-            request=GenerationRequest(
-                f"{job_id}-{index}", prompt, replace(sampling, seed=(seed + index) % INT64), body.salt_for(tenant)
+            request=generation_request(
+                f"{job_id}-{index}", prompt, replace(sampling, seed=(seed + index) % INT64), body, sender
             ),
             stops=stops,
             includes_stop=bool(body.include_stop_str_in_output),

@@ -14,8 +14,10 @@ from server.api.prompt import choose_max_tokens, compute, encode_prompt
 from server.api.sampling_fields import (
     INT64,
     LogprobCounts,
+    Sender,
     check_num_choices,
     check_token_ids,
+    generation_request,
     sampling_params,
     stop_strings,
 )
@@ -23,7 +25,7 @@ from server.api.services import Services
 from server.api.sse import frame
 from server.api.unsupported_fields import FOR_COMPLETIONS
 from server.api.usage import UsageCounter
-from server.engine.request import GenerationRequest, ModelInfo
+from server.engine.request import ModelInfo
 from server.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16
@@ -54,11 +56,12 @@ async def prepare(body: CompletionBody, services: Services, tenant: str) -> Comp
         )
     check_num_choices(len(body.prompt), body.num_choices, services.settings)
     model = services.loaded_model()
+    sender = Sender(tenant, time.monotonic())
     size = sum(map(len, body.prompt))
-    return await compute(size, lambda: _plan(body, services, model, tenant))
+    return await compute(size, lambda: _plan(body, services, model, sender))
 
 
-def _plan(body: CompletionBody, services: Services, model: ModelInfo, tenant: str) -> CompletionJob:
+def _plan(body: CompletionBody, services: Services, model: ModelInfo, sender: Sender) -> CompletionJob:
     job_id = f"cmpl-{uuid.uuid4().hex}"
     stops, seed = stop_strings(body, services.settings), body.base_seed()
     choices: list[Choice] = []
@@ -77,7 +80,7 @@ def _plan(body: CompletionBody, services: Services, model: ModelInfo, tenant: st
             choices.append(
                 Choice(
                     index=index,
-                    request=GenerationRequest(f"{job_id}-{index}", token_ids, own_seed, body.salt_for(tenant)),
+                    request=generation_request(f"{job_id}-{index}", token_ids, own_seed, body, sender),
                     stops=stops,
                     includes_stop=bool(body.include_stop_str_in_output),
                     skips_special_tokens=body.skips_special_tokens,

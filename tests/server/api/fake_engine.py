@@ -24,7 +24,8 @@ class FakeEngineClient:
 
     capacity: how many requests may be under way. The log-probability of a scripted token is -0.5, and the next ids
     follow it. `gate` closed: requests wait before their first token. fail_after: tokens until the engine "dies".
-    pause_after: events until a request says nothing more.
+    expire_after: tokens until the deadline, where a request has one. pause_after: events until a request says nothing
+    more.
     """
 
     def __init__(self, script: Script, model: ModelInfo, *, capacity: int = 64) -> None:
@@ -35,6 +36,7 @@ class FakeEngineClient:
         self.gate.set()
         self.fail_after: int | None = None
         self.pause_after: int | None = None
+        self.expire_after = 2
         self.tokens_per_event = 1
         # by choice, how many tokens of its prompt it says that it found
         self.cached_tokens: list[int] = []
@@ -98,6 +100,11 @@ class FakeEngineClient:
                 break
         events = []
         for start in range(0, len(tokens), self.tokens_per_event):
+            if request.deadline is not None and start >= self.expire_after:
+                return [
+                    *events,
+                    TokenEvent(request.request_id, (), finish_reason=FinishReason.TIMEOUT, error="too late"),
+                ]
             if self.fail_after is not None and start >= self.fail_after:
                 return [*events, TokenEvent(request.request_id, (), finish_reason=FinishReason.ERROR, error="it died")]
             part = tokens[start : start + self.tokens_per_event]

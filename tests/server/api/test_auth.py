@@ -68,6 +68,15 @@ def test_two_keys_share_no_cached_prompt(guarded: TestClient, engine: FakeEngine
     assert KEY not in first
 
 
+def test_what_one_key_asks_for_is_one_owners(guarded: TestClient, engine: FakeEngineClient) -> None:
+    for key, salt in ((KEY, "a"), ("sk-second", "a"), (KEY, "b")):
+        body = {"prompt": "ab", "max_tokens": 1, "cache_salt": salt}
+        guarded.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+    first, second, again = (request.owner for request in engine.requests)
+    # so that nobody gets more turns by inventing salts
+    assert first == again != second
+
+
 def test_a_body_is_not_read_without_a_key(guarded: TestClient) -> None:
     assert guarded.post("/v1/completions", content=b"{broken").status_code == 401
 

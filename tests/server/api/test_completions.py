@@ -1,6 +1,7 @@
 """POST /v1/completions: what a completion holds, streamed or whole, from one prompt or many."""
 
 import json
+import time
 
 import pytest
 from fastapi.testclient import TestClient
@@ -251,6 +252,19 @@ def test_sampling_fields_reach_the_engine(client: TestClient, engine: FakeEngine
     assert {name: getattr(sampling, name) for name in fields} == fields
     assert sampling.logit_bias == ((5, -100.0), (6, 1.5))
     assert sampling.stop_token_ids == (IM_END_ID, 9)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_priority_and_time_reach_the_engine(client: TestClient, engine: FakeEngineClient, path: str) -> None:
+    body = {"prompt": "ab", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    before = time.monotonic()
+    assert client.post(path, json={**body, "priority": -3, "timeout": 60}).status_code == 200
+    assert client.post(path, json=body).status_code == 200
+    urgent, plain = engine.requests
+    assert (urgent.priority, plain.priority) == (-3, 0)
+    assert urgent.deadline is not None
+    assert before + 60 <= urgent.deadline <= time.monotonic() + 60
+    assert plain.deadline is None
 
 
 def test_null_means_the_same_as_leaving_out(client: TestClient, engine: FakeEngineClient) -> None:

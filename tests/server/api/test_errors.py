@@ -122,6 +122,28 @@ def test_a_stream_that_fails_before_its_first_token_has_a_status_of_its_own(
     assert client.post("/v1/completions", json={**BODY, "stream": True}).status_code == 500
 
 
+def test_a_request_whose_time_is_over_is_504_and_not_to_be_repeated(
+    client: TestClient, engine: FakeEngineClient
+) -> None:
+    response = client.post("/v1/completions", json={**BODY, "timeout": 0.5})
+    assert response.status_code == 504
+    assert response.headers["x-should-retry"] == "false"
+    assert_is_openais(response.json()["error"], code="deadline_exceeded")
+    assert "too late" in response.json()["error"]["message"]
+    assert 'awq_serve_request_success_total{finished_reason="timeout"} 1.0' in client.get("/metrics").text
+
+
+def test_a_stream_whose_time_is_over_keeps_what_it_said_and_ends_in_order(
+    client: TestClient, engine: FakeEngineClient
+) -> None:
+    response = client.post("/v1/completions", json={**BODY, "timeout": 0.5, "stream": True})
+    assert response.status_code == 200
+    *said, failure, done, _ = response.text.split("\n\n")
+    assert len(said) == engine.expire_after
+    assert_is_openais(json.loads(failure.removeprefix("data: "))["error"], code="deadline_exceeded")
+    assert done == "data: [DONE]"
+
+
 def test_errors_are_counted_by_code(client: TestClient) -> None:
     client.get("/nothing")
     client.post("/v1/completions", json={})

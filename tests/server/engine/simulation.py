@@ -1,4 +1,4 @@
-"""An engine without a model whose loop a test drives by hand, and requests for it."""
+"""An engine without a model whose loop and clock a test drives by hand, and requests for it."""
 
 import random
 from collections import defaultdict
@@ -22,20 +22,25 @@ class Simulation:
     num_blocks: int
     block_size: int
     limits: SchedulerLimits
+    runner_type: type[FakeRunner] = FakeRunner
+    now: float = 0.0
     started: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
     events: dict[str, list[TokenEvent]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, self.block_size)
         self.scheduler = Scheduler(self.limits, self.pool)
-        self.runner = FakeRunner(self.num_blocks, self.block_size)
+        self.runner = self.runner_type(self.num_blocks, self.block_size)
         info = fake_model_info(max_model_len=MAX_MODEL_LEN, num_blocks=self.num_blocks, block_size=self.block_size)
-        self.loop = EngineLoop(self.scheduler, self.runner, info, self._take)
+        self.loop = EngineLoop(self.scheduler, self.runner, info, self._take, clock=lambda: self.now)
 
     def _take(self, news: EngineNews) -> None:
         self.started.extend(news.started)
         for event in news.events:
             self.events[event.request_id].append(event)
+            if event.finish_reason is not None:
+                self.ended.append(event.request_id)
 
     def run_to_end(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
@@ -58,6 +63,9 @@ def simulation(
     return Simulation(num_blocks, block_size, SchedulerLimits(max_num_seqs, budget, chunk))
 
 
+_STOP_TOKENS = [tuple(random.Random(0).sample(range(FAKE_VOCAB_SIZE), k=count)) for count in (0, 0, 10, 40)]
+
+
 def random_request(rng: random.Random, request_id: str) -> GenerationRequest:
     """Half of the prompts begin alike; of those, some are for one tenant and some for another."""
     num_prompt = rng.choice((1, 2, 3, 4, 5, 8, 17, 31, 40))
@@ -65,14 +73,16 @@ def random_request(rng: random.Random, request_id: str) -> GenerationRequest:
     num_common = rng.choice((0, num_prompt // 2, num_prompt))
     return GenerationRequest(
         request_id,
-        (*range(num_common), *(rng.randrange(FAKE_VOCAB_SIZE) for _ in range(num_prompt - num_common))),
+        (*range(num_common), *rng.choices(range(FAKE_VOCAB_SIZE), k=num_prompt - num_common)),
         SamplingParams(
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, 4),
-            stop_token_ids=tuple(rng.sample(range(FAKE_VOCAB_SIZE), k=rng.choice((0, 0, 10, 40)))),
-            prompt_logprobs=rng.choice((None, None, 0, 2)),
+            stop_token_ids=rng.choice(_STOP_TOKENS),
+            prompt_logprobs=rng.choice((None, None, None, None, 0, 2)),
         ),
         cache_salt=rng.choice(("", "tenant")),
+        priority=rng.choice((0, 0, 0, -1, 3)),
+        owner=rng.choice(("", "", "first", "second")),
     )
 
 

@@ -33,7 +33,8 @@ CHOICES = (
 
 
 def row(params: SamplingParams, prompt: tuple[int, ...] = (3, 5, 5, 700), output: tuple[int, ...] = ()) -> SamplingRow:
-    return SamplingRow("r", 0, params, np.array(prompt + output, dtype=np.int64), len(prompt))
+    text = np.array(prompt + output, dtype=np.int64)
+    return SamplingRow("r", 0, params, text, len(text), len(prompt))
 
 
 def random_logits(num_rows: int) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """The client's contract, on the engine's real loop with a fake model."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -123,6 +125,16 @@ def test_closing_the_generator_returns_the_blocks() -> None:
     run(scenario)
 
 
+def test_a_deadline_is_on_the_clock_of_this_machine() -> None:
+    async def scenario(client: InProcessEngineClient) -> None:
+        late = replace(request("late"), deadline=time.monotonic())
+        timely = replace(request("timely"), deadline=time.monotonic() + 60)
+        assert (await collect(client, late))[-1].finish_reason is FinishReason.TIMEOUT
+        assert tokens(await collect(client, timely)) == expected_output(timely)
+
+    run(scenario)
+
+
 def test_a_generator_that_is_never_read_costs_nothing() -> None:
     async def scenario(client: InProcessEngineClient) -> None:
         for _ in range(20):
@@ -204,13 +216,23 @@ def test_stopping_drains_what_it_can_and_aborts_the_rest() -> None:
 
 
 def test_stopping_without_patience_aborts() -> None:
+    # given an engine that is not done before it is stopped
+    may_go_on = Event()
+
+    class HeldRunner(FakeRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            assert may_go_on.wait(10)
+            return super().execute(plan)
+
     async def scenario() -> None:
-        client = InProcessEngineClient(CONFIG, assemble_with(FakeRunner))
+        client = InProcessEngineClient(CONFIG, assemble_with(HeldRunner))
         await client.start()
         await client.wait_until_settled()
         reader = asyncio.create_task(collect(client, request(max_tokens=250)))
         await asyncio.sleep(0)
-        await client.stop(0)
+        stopping = asyncio.create_task(client.stop(0))
         assert (await reader)[-1].finish_reason is FinishReason.ABORTED
+        may_go_on.set()
+        await stopping
 
     asyncio.run(scenario())

@@ -27,7 +27,10 @@ EVENT = TokenEvent(
 )
 
 
-@pytest.mark.parametrize("message", [messages.Generate(GenerationRequest("r", (1, 2), PARAMS)), messages.Abort("r")])
+REQUEST = GenerationRequest("r", (1, 2), PARAMS, cache_salt="s", priority=-(2**63), owner="o", deadline=1234.5)
+
+
+@pytest.mark.parametrize("message", [messages.Generate(REQUEST), messages.Abort("r")])
 def test_what_the_api_says_arrives_as_it_was(message: messages.ToEngine) -> None:
     assert messages.decode_to_engine(messages.encode(message)) == message
 

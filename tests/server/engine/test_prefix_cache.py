@@ -6,7 +6,7 @@ import pytest
 
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
-from tests.fakes import expected_output
+from tests.fakes import RecordingRunner, expected_output
 from tests.server.engine.simulation import Simulation, random_request, request, simulation
 
 
@@ -26,7 +26,7 @@ def test_a_deterministic_engine_reads_only_what_the_request_alone_would_have_com
     num_blocks: int, chunk: int
 ) -> None:
     rng = random.Random(num_blocks)
-    engine = Simulation(num_blocks, 4, SchedulerLimits(8, 40, prefill_chunk=chunk, deterministic=True))
+    engine = Simulation(num_blocks, 4, SchedulerLimits(8, 40, prefill_chunk=chunk, deterministic=True), RecordingRunner)
     # given requests that share beginnings, in a cache that preempts them or holds them all
     arrivals = [random_request(rng, f"r{index}") for index in range(200)]
     for arrival in arrivals:
@@ -34,6 +34,7 @@ def test_a_deterministic_engine_reads_only_what_the_request_alone_would_have_com
         engine.loop.step()
     engine.run_to_end()
     for arrival in arrivals:
+        assert isinstance(engine.runner, RecordingRunner)
         spans = engine.runner.spans_read[arrival.request_id]
         assert spans == alone_spans(arrival, len(spans), chunk)
     if num_blocks == 200:

@@ -21,7 +21,8 @@ RANDOM = SamplingParams(max_tokens=8, temperature=1.0)
 
 
 def row(params: SamplingParams, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = ()) -> SamplingRow:
-    return SamplingRow("r", 0, params, np.array(prompt + output, dtype=np.int64), len(prompt))
+    text = np.array(prompt + output, dtype=np.int64)
+    return SamplingRow("r", 0, params, text, len(text), len(prompt))
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:

@@ -8,8 +8,12 @@ import pytest
 from server.engine.errors import EngineSetupError
 from server.engine.request import FinishReason
 from server.engine.scheduler import PREEMPTION_BOUND, SchedulerLimits
-from tests.fakes import expected_output
-from tests.server.engine.simulation import Simulation, random_request, request, simulation
+from tests.fakes import RecordingRunner, expected_output
+from tests.server.engine.crowd import Journey, serve_crowd
+from tests.server.engine.simulation import Simulation, request, simulation
+
+# 12 times as many are 100,000
+NUM_REQUESTS = 8_334
 
 
 @pytest.mark.parametrize(
@@ -34,42 +38,45 @@ def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
 ) -> None:
     rng = random.Random(seed)
     engine = Simulation(num_blocks, block_size, limits)
-    arrivals = [random_request(rng, f"r{index}") for index in range(350)]
-    aborted: set[str] = set()
-    pending = list(reversed(arrivals))
-    while pending or engine.loop.has_work:
-        while pending and rng.random() < 0.4:
-            engine.loop.submit(pending.pop())
-        if rng.random() < 0.08:
-            target = rng.choice(arrivals).request_id
-            is_under_way = target not in {one.request_id for one in pending} and not engine.finish_reasons(target)
-            aborted |= {target} if is_under_way else set()
-            engine.loop.abort(target)
-        engine.loop.step()
-        engine.loop.check_integrity()
+
+    journeys = serve_crowd(engine, rng, NUM_REQUESTS)
 
     assert engine.pool.num_free == num_blocks
     assert max(Counter(engine.started).values()) == 1
     assert max(engine.runner.num_tokens_per_step) <= limits.max_num_batched_tokens
-    for arrival in arrivals:
-        reasons = engine.finish_reasons(arrival.request_id)
-        assert len(reasons) == 1
-        assert engine.events[arrival.request_id][-1].finish_reason is not None
-        expected = expected_output(arrival)
-        output = engine.output(arrival.request_id)
-        if arrival.request_id in aborted:
-            assert reasons == [FinishReason.ABORTED]
-            assert output == expected[: len(output)]
-            continue
+    stats = engine.scheduler.stats()
+    assert stats.num_out_of_memory > 0
+    assert (stats.cached_prompt_tokens > 0) == limits.prefix_caching
+    assert (stats.num_preemptions > 0) == (num_blocks < 300)
+    for journey in journeys:
+        check_events(engine, journey)
+    reasons = Counter(journey.finish_reason for journey in journeys)
+    assert all(reasons[reason] > 0 for reason in FinishReason if reason is not FinishReason.ERROR)
+
+
+def check_events(engine: Simulation, journey: Journey) -> None:
+    """One end, told last, at the right time, and until then the tokens that the request gets alone."""
+    request, events = journey.request, engine.events[journey.request.request_id]
+    assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
+    reason, deadline = events[-1].finish_reason, request.deadline
+    expected, output = expected_output(request), engine.output(request.request_id)
+    if journey.was_aborted:
+        assert reason is FinishReason.ABORTED
+    elif deadline is not None and journey.ended_at >= deadline:
+        # the first step at which it was over, no later
+        assert reason is FinishReason.TIMEOUT
+        assert journey.ended_at == deadline
+    else:
         assert output == expected
-        is_stop = expected[-1] in arrival.sampling.stop_token_ids and len(expected) > arrival.sampling.min_tokens
-        assert reasons == [FinishReason.STOP if is_stop else FinishReason.LENGTH]
-        scores = engine.events[arrival.request_id][0].prompt_logprobs
-        if arrival.sampling.prompt_logprobs is None:
-            assert scores == ()
-        else:
-            assert scores[0] is None
-            assert tuple(score.token_id for score in scores[1:] if score) == arrival.prompt_token_ids[1:]
+        is_stop = expected[-1] in request.sampling.stop_token_ids and len(expected) > request.sampling.min_tokens
+        assert reason is (FinishReason.STOP if is_stop else FinishReason.LENGTH)
+    assert output == expected[: len(output)]
+    if output and request.sampling.prompt_logprobs is not None:
+        scores = events[0].prompt_logprobs
+        assert scores[0] is None
+        assert tuple(score.token_id for score in scores[1:] if score) == request.prompt_token_ids[1:]
+    else:
+        assert not any(event.prompt_logprobs for event in events)
 
 
 def test_the_tiny_caches_do_preempt() -> None:
@@ -121,7 +128,8 @@ def test_a_long_prompt_is_computed_in_chunks_beside_the_others() -> None:
 
 def test_a_prompt_is_cut_at_the_same_places_whatever_is_beside_it() -> None:
     # given room for one chunk of 8 beside three others, and four prompts that differ in length
-    engine = simulation(num_blocks=80, max_num_seqs=4, budget=11, chunk=8)
+    engine = Simulation(80, 4, SchedulerLimits(4, 11, prefill_chunk=8), RecordingRunner)
+    assert isinstance(engine.runner, RecordingRunner)
     lengths = (35, 5, 8, 24)
     for length in lengths:
         engine.loop.submit(request(f"r{length}", num_prompt=length, max_tokens=9))

@@ -1,0 +1,106 @@
+"""A step that the device has no memory for is taken back, and smaller ones go on; nobody else pays for it."""
+
+import pytest
+
+from server.engine.request import FinishReason, GenerationRequest, SamplingParams
+from server.engine.scheduler import SchedulerLimits
+from server.engine.step_budget import RECOVERY_STEPS, StepBudget
+from tests.fakes import expected_output
+from tests.server.engine.simulation import Simulation, request, simulation
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("memory", [8, 9, 13, 15])
+def test_whatever_the_memory_all_get_what_they_get_alone(memory: int, chunk: int | None) -> None:
+    engine = simulation(num_blocks=60, budget=24, chunk=chunk)
+    engine.runner.memory_tokens = memory
+    for index in range(12):
+        engine.loop.submit(request(f"r{index}", num_prompt=1 + 3 * index, max_tokens=9))
+    engine.run_to_end()
+    assert engine.scheduler.stats().num_out_of_memory > 0
+    assert max(engine.runner.num_tokens_per_step) <= memory
+    for index in range(12):
+        assert engine.output(f"r{index}") == expected_output(request("", 1 + 3 * index, 9))
+        assert engine.started.count(f"r{index}") == 1
+    assert engine.pool.num_free == engine.num_blocks
+
+
+def test_those_that_decode_are_halved_until_they_fit() -> None:
+    engine = simulation(num_blocks=60, max_num_seqs=8, budget=40)
+    for index in range(8):
+        engine.loop.submit(request(f"r{index}", max_tokens=20))
+    engine.loop.step()
+    # given eight that decode, when the device has memory for three
+    engine.runner.memory_tokens = 3
+    engine.loop.step()
+    engine.loop.step()
+    engine.loop.step()
+    assert engine.scheduler.stats().num_out_of_memory == 2
+    assert engine.runner.num_tokens_per_step[1:] == [2]
+    # and what waits for its turn keeps its place
+    assert engine.scheduler.stats().num_running == 8
+    engine.run_to_end()
+    assert all(engine.output(f"r{index}") == expected_output(request("", max_tokens=20)) for index in range(8))
+
+
+def test_what_a_failed_step_was_to_compute_is_read_by_nobody() -> None:
+    # given choices of one prompt that start in one step, each from what the first computes there
+    engine = simulation(num_blocks=40, budget=40)
+    engine.runner.memory_tokens = 10
+    for index in range(3):
+        engine.loop.submit(GenerationRequest(f"choice {index}", tuple(range(17)), SamplingParams(max_tokens=3)))
+    engine.loop.step()
+    engine.loop.check_integrity()
+    assert engine.pool.num_free == 40
+    engine.run_to_end()
+    for index in range(3):
+        alone = GenerationRequest("", tuple(range(17)), SamplingParams(max_tokens=3))
+        assert engine.output(f"choice {index}") == expected_output(alone)
+    assert [engine.events[f"choice {index}"][0].num_cached_tokens for index in range(3)] == [0, 16, 16]
+
+
+def test_what_is_computed_after_a_failed_step_is_shared_as_ever() -> None:
+    # given a prompt of three parts, the second of which fails once
+    engine = simulation(num_blocks=40, budget=8)
+    engine.loop.submit(request("first", num_prompt=25, max_tokens=2))
+    engine.loop.step()
+    engine.runner.memory_tokens = 7
+    engine.loop.step()
+    engine.runner.memory_tokens = None
+    engine.run_to_end()
+    engine.loop.submit(request("again", num_prompt=25, max_tokens=2))
+    engine.run_to_end()
+    assert engine.events["again"][0].num_cached_tokens == 24
+
+
+@pytest.mark.parametrize(("chunk", "memory"), [(None, 0), (8, 7)])
+def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(chunk: int | None, memory: int) -> None:
+    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=chunk))
+    engine.runner.memory_tokens = memory
+    engine.loop.submit(request("too much", num_prompt=20))
+    while engine.loop.has_work:
+        engine.loop.step()
+    [last] = engine.events["too much"]
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.error is not None
+    assert "not enough free memory" in last.error
+    # when there is memory again
+    engine.runner.memory_tokens = None
+    engine.loop.submit(request("next", num_prompt=20))
+    engine.run_to_end()
+    assert engine.output("next") == expected_output(request("", 20))
+    assert engine.pool.num_free == engine.num_blocks
+
+
+def test_a_budget_halves_and_grows_back_to_what_it_was() -> None:
+    budget = StepBudget(num_tokens=100, num_seqs=10, min_tokens=8)
+    assert budget.shrink(num_tokens=60, num_seqs=5)
+    assert (budget.num_tokens, budget.num_seqs) == (30, 2)
+    assert budget.shrink(num_tokens=12, num_seqs=2)
+    assert (budget.num_tokens, budget.num_seqs) == (8, 1)
+    assert not budget.shrink(num_tokens=8, num_seqs=1)
+    sizes = []
+    for _ in range(5 * RECOVERY_STEPS):
+        budget.note_success()
+        sizes.append((budget.num_tokens, budget.num_seqs))
+    assert sizes[RECOVERY_STEPS - 2 :: RECOVERY_STEPS] == [(8, 1), (16, 2), (32, 4), (64, 8), (100, 10)]

@@ -1,7 +1,7 @@
 """How far our decoder is from transformers in float32, on tiny random models of every family that is served.
 
-Four ways through a sequence: in one step, in chunks, token by token, and in steps that it shares with sequences at other
-stages, whose prefixes are in the cache. A figure is the largest difference of log-probabilities over all tokens.
+Four ways through a sequence: in one step, in chunks, token by token, and in a step that it shares with sequences at
+other stages, whose prefixes are in the cache. A figure is the largest difference of log-probabilities over all tokens.
 """
 
 import argparse
@@ -99,9 +99,7 @@ def _largest_difference(
     config = model.config
     num_blocks = BLOCKS_PER_SEQUENCE * len(sequences)
     caches = [
-        allocate_layer(
-            num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim, dtype=torch.float32, device=CPU
-        )
+        allocate_layer(num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim, dtype=torch.float32, device=CPU)
         for _ in range(config.num_layers)
     ]
     largest = 0.0

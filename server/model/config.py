@@ -168,7 +168,7 @@ def _find_architecture(config: Mapping[str, object]) -> Architecture:
 
 def _refuse_foreign_fields(row: Architecture, fields: ConfigFields) -> None:
     """A field that changes what others compute is not to be passed over where this architecture has no use for it."""
-    known = {
+    known: set[str | None] = {
         scale.field for scale in (row.embedding_scale, row.residual_scale, row.softmax_scale, row.logit_scale) if scale
     }
     known |= {row.attention_soft_cap_field, row.logit_soft_cap_field}

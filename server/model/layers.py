@@ -64,7 +64,7 @@ class NormedHeadsLinear:
         num_queries, num_keys = self.query_norm.weight.numel(), self.key_norm.weight.numel()
         queries, keys, values = joined.tensor_split([num_queries, num_queries + num_keys], dim=-1)
         normed = [
-            norm(heads.unflatten(-1, norm.weight.shape)).flatten(1)
+            norm(heads.view(len(x), *norm.weight.shape)).flatten(1)
             for norm, heads in ((self.query_norm, queries), (self.key_norm, keys))
         ]
         return torch.cat((*normed, values), dim=-1)

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(names) - set(PARITY_MODELS):
         parser.error(f"there is no model {', '.join(sorted(unknown))}; there are {', '.join(PARITY_MODELS)}")
     # a bar for each of the tiny files would bury the table
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     table = Table("model", *WAYS, box=None)
     largest = 0.0
     for name in names:

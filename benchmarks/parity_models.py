@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 272
 BOS_ID, EOS_ID = 256, 258
@@ -135,10 +135,10 @@ def save_random_model(
     config = AutoConfig.for_model(model_type, **{**SHAPE, **FAMILIES.get(model_type, {}), **fields})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             _randomize(name, parameter)
-    model.to(dtype).save_pretrained(directory)
+    model.to(dtype=dtype).save_pretrained(directory)
 
 
 def _randomize(name: str, parameter: torch.nn.Parameter) -> None:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from benchmarks.parity_models import VOCAB_SIZE, save_random_model
 
 TINY_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+TINY_MOE_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 CHAT_TEMPLATE = (

@@ -10,7 +10,7 @@ TEXT   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench-cpu bench-memory bench-step bench-quality bench-gpu tune-gpu kernels-check kernels-check-oldest docker-check clean environment environment-dev
+.PHONY: help serve test check format bench-cpu bench-memory bench-step bench-quality bench-gpu parity tune-gpu kernels-check kernels-check-oldest docker-check clean environment environment-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ bench-step: environment-dev ## what a step costs the CPU around the model, for 1
 
 bench-quality: environment-dev ## quality beside llm-compressor and AutoRound, calibrated on CALIB=file, measured on TEXT=files
 	$(BIN)/python -m benchmarks.quality $(if $(CALIB),--calib $(CALIB)) $(TEXT:%=--text %) $(if $(JSON),--json $(JSON)) $(ARGS)
+
+parity: environment-dev ## how far the decoder is from transformers, on tiny models of every family; ARGS="NAME ..."
+	$(BIN)/python -m benchmarks.parity $(ARGS)
 
 bench-gpu: environment-dev ## check and time every kernel on a GPU in nine minutes; without one, a rehearsal. ARGS="--out DIR"
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

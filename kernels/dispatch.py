@@ -194,6 +194,16 @@ def silu_gate(gate_up: Tensor) -> Tensor:
     return silu_gate(gate_up)
 
 
+def gelu_gate(gate_up: Tensor) -> Tensor:
+    """As `silu_gate`, with GELU in its tanh approximation."""
+    if not runs_triton(gate_up.device):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    from kernels.fused_activation import gelu_gate
+
+    return gelu_gate(gate_up)
+
+
 def plan_attention(batch: AttentionBatch, layer: PagedLayer, windows: Iterable[int | None]) -> AttentionPlan:
     """What all layers of a step share: caches of the shape of `layer`, sliding windows among `windows`."""
     if not runs_triton(layer.keys.device):

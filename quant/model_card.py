@@ -21,7 +21,24 @@ from quant.report import HeldOutQuality, Report, describe_origins, describe_roun
 CARD_FILE = "README.md"
 PROGRAM = "awq-serve"
 # the families that `serve` serves; the server's own table must say the same (tests/quant/test_model_card.py)
-SERVED_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+SERVED_TYPES = (
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
 # what a card states of its licence; all of it goes along
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 

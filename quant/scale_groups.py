@@ -84,6 +84,13 @@ PHI3 = (
     GroupRow("post_attention_layernorm", ("mlp.gate_up_proj",)),
     GroupRow("mlp.gate_up_proj", ("mlp.down_proj",), outputs=Outputs.SECOND_HALF),
 )
+# the norms of what attention and MLP give come after o_proj and down_proj, and change nothing
+GLM4 = (
+    GroupRow("input_layernorm", QKV),
+    VALUES,
+    GroupRow("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    GroupRow("mlp.gate_up_proj", ("mlp.down_proj",), outputs=Outputs.SECOND_HALF),
+)
 # attention and MLP side by side: one norm feeds both
 COHERE = (GroupRow("input_layernorm", (*QKV, *GATE_UP)), VALUES, UP)
 MIXTRAL = (
@@ -149,6 +156,7 @@ FAMILIES: dict[str, tuple[GroupRow, ...]] = {
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3,
     "gpt_neox": GPT_NEOX,
+    "glm4": GLM4,
     "granite": LLAMA,
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -160,6 +168,7 @@ FAMILIES: dict[str, tuple[GroupRow, ...]] = {
     "qwen2_moe": QWEN_MOE,
     "qwen3": LLAMA,
     "qwen3_moe": QWEN_MOE,
+    "smollm3": LLAMA,
     "starcoder2": STARCODER2,
 }
 

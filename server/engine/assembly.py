@@ -74,7 +74,7 @@ def assemble_engine(
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
     kernels = _check_and_choose_kernels(config, read_model_config(directory), dtype, device)
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
-    model = load_model(directory, device, dtype, report, kernels.native)
+    model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len)
     return wire_engine(config, model, device, kernels, sampling_defaults, publish)
 
 

@@ -8,37 +8,46 @@ import torch
 
 from quant.checkpoint.tensor_files import read_json_object
 from quant.errors import CheckpointError
-from server.model.architectures import ARCHITECTURE_OF_TYPE, Architecture, Bias, Window
+from server.model.architectures import (
+    ARCHITECTURE_OF_TYPE,
+    Activation,
+    Architecture,
+    Bias,
+    HeadNorm,
+    RopeLayers,
+    Scale,
+)
 from server.model.config_fields import ConfigFields
+from server.model.layer_windows import read_windows
 from server.model.moe_config import MoeConfig, read_moe
+from server.model.rope_config import RopeConfig, read_layer_ropes
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_ROPE_THETA = 10000.0
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """The rotation's frequencies: theta ** (-2i / head_dim), divided by `factor` where the scaling says.
-
-    kind linear divides all of them; llama3 those whose wavelength is over original_max_position_embeddings /
-    low_freq_factor, none under ... / high_freq_factor, and blends in between.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
+# fields that change what a model computes where its architecture reads them, and the value that changes nothing
+_CHANGING_FIELDS: dict[str, object] = {
+    "use_bidirectional_attention": False,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "attention_multiplier": None,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "query_pre_attn_scalar": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_qk_norm": False,
+    "no_rope_layers": None,
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of a known architecture. layer_windows: per layer, how many tokens it sees back (None: all).
+    """A model of a known architecture. layer_windows: per layer, how many tokens it sees back (None: all); layer_ropes:
+    how it turns queries and keys (None: not at all).
 
-    intermediate_size: of dense MLPs. moe: None without experts.
+    intermediate_size: of dense MLPs. moe: None without experts. The scales are what embeddings, products of queries and
+    keys, what a layer adds to the hidden states, and logits are multiplied by.
     """
 
     architecture: Architecture
@@ -50,13 +59,21 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope: RopeConfig
+    norm_epsilon: float
+    activation: Activation
+    layer_ropes: tuple[RopeConfig | None, ...]
     layer_windows: tuple[int | None, ...]
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    head_norm: HeadNorm
+    embedding_scale: float
+    residual_scale: float
+    softmax_scale: float
+    logit_scale: float
+    attention_soft_cap: float | None
+    logit_soft_cap: float | None
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
     moe: MoeConfig | None
@@ -64,42 +81,59 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> "ModelConfig":
         """Check a config.json's values. Raises CheckpointError naming the field, its value and what would be right."""
-        architecture = _find_architecture(config)
-        fields = ConfigFields(config, CONFIG_FILE)
-        _check_activation(fields)
+        row = _find_architecture(config)
+        fields = ConfigFields({**row.defaults, **config}, CONFIG_FILE)
+        _refuse_foreign_fields(row, fields)
         num_layers = fields.positive_int("num_hidden_layers")
         num_heads = fields.positive_int("num_attention_heads")
         hidden_size = fields.positive_int("hidden_size")
-        max_position_embeddings = fields.positive_int("max_position_embeddings")
-        result = cls(
-            architecture=architecture,
+        head_dim = fields.positive_int("head_dim", default=hidden_size // num_heads)
+        num_kv_heads = fields.positive_int("num_key_value_heads", default=num_heads)
+        _check_heads(num_heads, num_kv_heads, head_dim)
+        layer_windows = read_windows(row.window, fields, num_layers)
+        return cls(
+            architecture=row,
             vocab_size=fields.positive_int("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=fields.positive_int("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=fields.positive_int("num_key_value_heads", default=num_heads),
-            head_dim=fields.positive_int("head_dim", default=hidden_size // num_heads),
-            max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=fields.positive_float("rms_norm_eps"),
-            rope=_read_rope(fields, max_position_embeddings),
-            layer_windows=_read_windows(architecture.window, fields, num_layers),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=fields.positive_int("max_position_embeddings"),
+            norm_epsilon=fields.positive_float(row.epsilon_field),
+            activation=_read_activation(row, fields),
+            layer_ropes=read_layer_ropes(row, fields, head_dim, layer_windows),
+            layer_windows=layer_windows,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
-            qkv_bias=_read_bias(architecture.qkv_bias, fields),
-            output_bias=_read_bias(architecture.output_bias, fields),
-            mlp_bias=_read_bias(architecture.mlp_bias, fields),
+            qkv_bias=_read_bias(row.qkv_bias, fields),
+            output_bias=_read_bias(row.output_bias, fields),
+            mlp_bias=_read_bias(row.mlp_bias, fields),
+            head_norm=_read_head_norm(row, fields),
+            embedding_scale=_read_scale(row.embedding_scale, fields, default=1.0),
+            residual_scale=_read_scale(row.residual_scale, fields, default=1.0),
+            softmax_scale=_read_scale(row.softmax_scale, fields, default=head_dim**-0.5),
+            logit_scale=_read_scale(row.logit_scale, fields, default=1.0),
+            attention_soft_cap=_read_soft_cap(row.attention_soft_cap_field, fields),
+            logit_soft_cap=_read_soft_cap(row.logit_soft_cap_field, fields),
             eos_token_ids=fields.token_ids("eos_token_id"),
             dtype=_read_dtype(fields),
-            moe=None if architecture.moe is None else read_moe(architecture.moe, fields, num_layers),
+            moe=None if row.moe is None else read_moe(row.moe, fields, num_layers),
         )
-        if result.num_heads % result.num_kv_heads:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: num_key_value_heads {result.num_kv_heads} does not divide "
-                f"num_attention_heads {result.num_heads}"
-            )
-        if result.head_dim % 2:
-            raise CheckpointError(f"{CONFIG_FILE}: head_dim must be even to be rotated, not {result.head_dim}")
-        return result
+
+    @property
+    def stream_embedding_scale(self) -> float:
+        """What embeddings are multiplied by where the hidden states are kept divided by residual_scale.
+
+        Then what a layer adds needs no factor: a norm gives the same for hidden states of any scale, if its epsilon has
+        the scale too.
+        """
+        return self.embedding_scale / self.residual_scale
+
+    @property
+    def stream_norm_epsilon(self) -> float:
+        """The epsilon of norms of hidden states that are kept divided by residual_scale."""
+        return self.norm_epsilon / self.residual_scale**2
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -132,73 +166,58 @@ def _find_architecture(config: Mapping[str, object]) -> Architecture:
     return architecture
 
 
-def _check_activation(fields: ConfigFields) -> None:
-    activation = fields.string("hidden_act", default="silu")
-    if activation not in ("silu", "swish"):
-        raise CheckpointError(f"{CONFIG_FILE}: hidden_act {activation!r} is not supported; supported: silu")
+def _refuse_foreign_fields(row: Architecture, fields: ConfigFields) -> None:
+    """A field that changes what others compute is not to be passed over where this architecture has no use for it."""
+    known: set[str | None] = {
+        scale.field for scale in (row.embedding_scale, row.residual_scale, row.softmax_scale, row.logit_scale) if scale
+    }
+    known |= {row.attention_soft_cap_field, row.logit_soft_cap_field}
+    if row.head_norm is HeadNorm.OWN_WEIGHTS:
+        known.add("use_qk_norm")
+    if row.rope_layers is RopeLayers.ALL_BUT_LISTED:
+        known.add("no_rope_layers")
+    for name, neutral in _CHANGING_FIELDS.items():
+        value = fields.values.get(name)
+        if name not in known and value is not None and value != neutral:
+            raise CheckpointError(f"{CONFIG_FILE}: {name} {value!r} is not supported for {row.model_type}")
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{CONFIG_FILE}: head_dim must be even to be rotated, not {head_dim}")
+
+
+def _read_activation(row: Architecture, fields: ConfigFields) -> Activation:
+    name = fields.string(row.activation_field, default="silu")
+    if name not in row.activations:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: {row.activation_field} {name!r} is not supported; supported: {', '.join(row.activations)}"
+        )
+    return row.activations[name]
+
+
+def _read_head_norm(row: Architecture, fields: ConfigFields) -> HeadNorm:
+    if row.head_norm is HeadNorm.OWN_WEIGHTS and not fields.boolean("use_qk_norm", default=False):
+        return HeadNorm.NEVER
+    return row.head_norm
+
+
+def _read_scale(scale: Scale | None, fields: ConfigFields, *, default: float) -> float:
+    return default if scale is None else fields.positive_float(scale.field) ** scale.power
+
+
+def _read_soft_cap(name: str | None, fields: ConfigFields) -> float | None:
+    return None if name is None else fields.optional_positive_float(name)
 
 
 def _read_bias(bias: Bias, fields: ConfigFields) -> bool:
     if bias in (Bias.ATTENTION_FIELD, Bias.MLP_FIELD, Bias.QKV_FIELD):
         return fields.boolean(bias.value, default=bias is Bias.QKV_FIELD)
     return bias is Bias.ALWAYS
-
-
-def _read_rope(fields: ConfigFields, max_position_embeddings: int) -> RopeConfig:
-    """transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling."""
-    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or ConfigFields({}, CONFIG_FILE)
-    theta_owner = scaling if "rope_theta" in scaling.values else fields
-    theta = theta_owner.positive_float("rope_theta", default=DEFAULT_ROPE_THETA)
-    if any(owner.positive_float("partial_rotary_factor", default=1.0) != 1.0 for owner in (fields, scaling)):
-        raise CheckpointError(f"{CONFIG_FILE}: partial_rotary_factor is not supported; it must be 1")
-    # the oldest spelling of rope_type is type
-    kind = scaling.string("rope_type", default=scaling.string("type", default="default"))
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, kind, factor=scaling.positive_float("factor"))
-    if kind == "llama3":
-        return RopeConfig(
-            theta,
-            kind,
-            factor=scaling.positive_float("factor"),
-            low_freq_factor=scaling.positive_float("low_freq_factor"),
-            high_freq_factor=scaling.positive_float("high_freq_factor"),
-            original_max_position_embeddings=scaling.positive_int(
-                "original_max_position_embeddings", default=max_position_embeddings
-            ),
-        )
-    raise CheckpointError(f"{scaling.source}: the type {kind!r} is not supported; supported: default, linear, llama3")
-
-
-def _read_windows(window: Window, fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
-    if window is Window.NEVER:
-        return (None,) * num_layers
-    if window is not Window.EVERY_LAYER and not fields.boolean("use_sliding_window", default=False):
-        return (None,) * num_layers
-    if window is Window.EVERY_LAYER and "sliding_window" not in fields.values:
-        raise CheckpointError(f"{CONFIG_FILE} has no sliding_window; it must be a number of tokens, or null for none")
-    if fields.values.get("sliding_window") is None:
-        return (None,) * num_layers
-    width = fields.positive_int("sliding_window")
-    if window in (Window.EVERY_LAYER, Window.EVERY_LAYER_IF_USED):
-        return (width,) * num_layers
-    layer_types = fields.values.get("layer_types")
-    if layer_types is None:
-        max_window_layers = fields.whole_number("max_window_layers", minimum=0)
-        if window is Window.EVEN_LAYERS:
-            evens = (layer % 2 == 0 and layer < max_window_layers for layer in range(num_layers))
-            return tuple(width if windowed else None for windowed in evens)
-        return tuple(width if layer >= max_window_layers else None for layer in range(num_layers))
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        raise CheckpointError(f"{CONFIG_FILE}: layer_types must list {num_layers} layers, not {layer_types!r}")
-    unknown = set(map(str, layer_types)) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise CheckpointError(
-            f"{CONFIG_FILE}: layer_types holds {', '.join(sorted(unknown))}; "
-            "each must be full_attention or sliding_attention"
-        )
-    return tuple(width if layer_type == "sliding_attention" else None for layer_type in layer_types)
 
 
 def _read_dtype(fields: ConfigFields) -> torch.dtype | None:

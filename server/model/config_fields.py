@@ -36,6 +36,22 @@ class ConfigFields:
             raise self._error(name, value, "a number over 0")
         return float(value)
 
+    def optional_positive_float(self, name: str) -> float | None:
+        """None when absent."""
+        return None if self.values.get(name) is None else self.positive_float(name)
+
+    def positive_floats(self, name: str, count: int) -> tuple[float, ...]:
+        value = self._value(name, None)
+        listed = value if isinstance(value, list) else []
+        numbers = tuple(
+            float(item)
+            for item in listed
+            if isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) and item > 0
+        )
+        if len(listed) != count or len(numbers) != count:
+            raise self._error(name, value, f"a list of {count} numbers over 0")
+        return numbers
+
     def boolean(self, name: str, *, default: bool) -> bool:
         value = self._value(name, default)
         if not isinstance(value, bool):

@@ -1,91 +1,109 @@
-"""The decoder of the Llama family: a plain forward over paged caches. Loads nothing, schedules nothing.
+"""The decoder of all architectures: a plain forward over paged caches. Loads nothing, schedules nothing.
 
 Legend: T = tokens of the step, S = tokens whose logits are wanted, H = heads, D = head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.dispatch import AttentionPlan
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from kernels.rotary import HeadNorms, Rotation
-from server.model.layers import Linear, RmsNorm, rotation_at
+from server.model.layers import Linear, Norm
 from server.model.moe import Moe
+from server.model.rotary import Rotary
 
 
 @dataclass(frozen=True)
 class Attention:
-    """qkv gives the query heads, then the key heads, then the value heads. The norms are per head, where there are."""
+    """qkv gives the query heads, then the key heads, then the value heads. rotary: which of the decoder's turns them.
+
+    head_norms: what normalizes each query and key by itself before it turns, where something does.
+    """
 
     qkv: Linear
     output: Linear
-    query_norm: RmsNorm | None
-    key_norm: RmsNorm | None
-    num_heads: int
-    num_kv_heads: int
+    head_norms: HeadNorms | None
     head_dim: int
+    rotary: int
+    softmax_scale: float
+    soft_cap: float | None
     sliding_window: int | None
 
     def __call__(self, x: Tensor, rotation: Rotation, plan: AttentionPlan, kv_layer: PagedLayer) -> Tensor:
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
-        queries = dispatch.rotate_and_write(heads, rotation, self._head_norms, kv_layer, plan)
+        queries = dispatch.rotate_and_write(heads, rotation, self.head_norms, kv_layer, plan)
         attended = dispatch.attention(
-            queries, kv_layer, plan, softmax_scale=self.head_dim**-0.5, sliding_window=self.sliding_window
+            queries,
+            kv_layer,
+            plan,
+            softmax_scale=self.softmax_scale,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
         )
         return self.output(attended.flatten(1))
-
-    @property
-    def _head_norms(self) -> HeadNorms | None:
-        if self.query_norm is None or self.key_norm is None:
-            return None
-        return HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """gate_up gives the gate's outputs, then the up projection's."""
+    """gate_up gives the gate's outputs, then the up projection's, as gate takes them: [T, 2K] to [T, K]."""
 
     gate_up: Linear
+    gate: Callable[[Tensor], Tensor]
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(dispatch.silu_gate(self.gate_up(x)))
+        return self.down(self.gate(self.gate_up(x)))
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    attention_norm: RmsNorm
+    """The output norms are of what attention and MLP give. mlp_norm None: the MLP reads what attention reads."""
+
+    attention_norm: Norm
     attention: Attention
-    mlp_norm: RmsNorm
+    attention_output_norm: Norm
+    mlp_norm: Norm | None
     mlp: Mlp | Moe
+    mlp_output_norm: Norm
 
     def __call__(
         self,
         normed: Tensor,
         hidden: Tensor,
-        norm_after: RmsNorm,
+        norm_after: Norm,
         rotation: Rotation,
         plan: AttentionPlan,
         kv_layer: PagedLayer,
     ) -> tuple[Tensor, Tensor]:
         """hidden [T, hidden], and normed, which is hidden after this layer's first norm, to those of the next layer."""
-        attended = self.attention(normed, rotation, plan, kv_layer)
+        attended = self.attention_output_norm(self.attention(normed, rotation, plan, kv_layer))
+        if self.mlp_norm is None:
+            return norm_after.after_adding(attended + self.mlp_output_norm(self.mlp(normed)), hidden)
         normed, hidden = self.mlp_norm.after_adding(attended, hidden)
-        return norm_after.after_adding(self.mlp(normed), hidden)
+        return norm_after.after_adding(self.mlp_output_norm(self.mlp(normed)), hidden)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """embedding [vocab, hidden]; head [vocab, hidden] is the same tensor where they are tied."""
+    """embedding [vocab, hidden]; head [vocab, hidden] is the same tensor where they are tied.
+
+    rotaries: the different ones of the layers. embedding_scale, logit_scale: what embeddings and logits are multiplied
+    by. logit_soft_cap: logits then become cap * tanh(logit / cap).
+    """
 
     embedding: Tensor
     layers: tuple[DecoderLayer, ...]
-    final_norm: RmsNorm
+    final_norm: Norm
     head: Linear
-    inverse_frequencies: Tensor
+    rotaries: tuple[Rotary, ...]
+    embedding_scale: float
+    logit_scale: float
+    logit_soft_cap: float | None
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, kv_layers: Sequence[PagedLayer]
@@ -95,16 +113,26 @@ class Decoder:
         Returns the normalized hidden states [T, hidden] in the model's dtype.
         """
         hidden = dispatch.gather_rows(token_ids, self.embedding)
-        rotation = rotation_at(positions, self.inverse_frequencies, hidden.dtype)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
+        rotations = [rotary.at(positions, hidden.dtype) for rotary in self.rotaries]
         windows = {layer.attention.sliding_window for layer in self.layers}
         plan = dispatch.plan_attention(batch, kv_layers[0], windows)
         normed = self.layers[0].attention_norm(hidden)
         # a norm runs together with the sum before it: each layer is told the norm that follows
         norms_after = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
         for layer, norm_after, kv_layer in zip(self.layers, norms_after, kv_layers, strict=True):
+            rotation = rotations[layer.attention.rotary]
             normed, hidden = layer(normed, hidden, norm_after, rotation, plan, kv_layer)
         return normed
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """float32 [S, vocab] of hidden states [S, hidden]."""
-        return self.head(hidden).float()
+        return finish_logits(self.head(hidden).float(), self.logit_scale, self.logit_soft_cap)
+
+
+def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """What an output head gives, multiplied and capped, in float32."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)

@@ -6,6 +6,7 @@ import torch
 
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import CheckpointError
+from server.model.architectures import HeadNorm
 from server.model.config import ModelConfig
 from server.model.moe_config import MoeFamily
 
@@ -30,15 +31,14 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """The three linears of a dense MLP, or of an expert."""
+    """The linears of a dense MLP, or of an expert. gate_up: gate and up, or one module that is both."""
 
-    gate: LinearSpec
-    up: LinearSpec
+    gate_up: tuple[LinearSpec, ...]
     down: LinearSpec
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
-        return (self.gate, self.up, self.down)
+        return (*self.gate_up, self.down)
 
 
 @dataclass(frozen=True)
@@ -70,40 +70,80 @@ class MoeSpec:
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """One decoder layer: its linears by role, its norms' widths by name."""
+class NormSpec:
+    """The weight of a norm by its name in the checkpoint."""
 
-    prefix: str
-    query: LinearSpec
-    key: LinearSpec
-    value: LinearSpec
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: its linears and norms by role; None where there is no norm.
+
+    qkv: the projections to queries, keys and values, or one module that is all of them.
+    """
+
+    qkv: tuple[LinearSpec, ...]
     output: LinearSpec
     mlp: MlpSpec | MoeSpec
-    norms: dict[str, int]
+    attention_norm: NormSpec | None
+    attention_output_norm: NormSpec | None
+    mlp_norm: NormSpec | None
+    mlp_output_norm: NormSpec | None
+    query_norm: NormSpec | None
+    key_norm: NormSpec | None
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
-        return (self.query, self.key, self.value, self.output, *self.mlp.linears)
+        return (*self.qkv, self.output, *self.mlp.linears)
+
+    @property
+    def norms(self) -> tuple[NormSpec, ...]:
+        of_states = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
+        return tuple(norm for norm in (*of_states, self.query_norm, self.key_norm) if norm is not None)
 
 
 def layer_spec(config: ModelConfig, index: int) -> LayerSpec:
     """What layer `index` of the config is made of."""
     prefix = f"model.layers.{index}"
     attention = f"{prefix}.self_attn"
-    hidden = config.hidden_size
+    hidden, row = config.hidden_size, config.architecture
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    norms = {f"{prefix}.input_layernorm.weight": hidden, f"{prefix}.post_attention_layernorm.weight": hidden}
-    if config.architecture.head_norm:
-        norms |= {f"{attention}.q_norm.weight": config.head_dim, f"{attention}.k_norm.weight": config.head_dim}
+
+    def norm(name: str | None) -> NormSpec | None:
+        return None if name is None else NormSpec(f"{prefix}.{name}.weight", (hidden,))
+
     return LayerSpec(
-        prefix=prefix,
-        query=LinearSpec(f"{attention}.q_proj", queries, hidden, config.qkv_bias),
-        key=LinearSpec(f"{attention}.k_proj", keys, hidden, config.qkv_bias),
-        value=LinearSpec(f"{attention}.v_proj", keys, hidden, config.qkv_bias),
+        qkv=_joined_specs(attention, row.qkv, (queries, keys, keys), hidden, bias=config.qkv_bias),
         output=LinearSpec(f"{attention}.o_proj", hidden, queries, config.output_bias),
         mlp=_mlp_spec(config, prefix, index),
-        norms=norms,
+        attention_norm=norm(row.layer_norms.attention),
+        attention_output_norm=norm(row.layer_norms.attention_output),
+        mlp_norm=norm(row.layer_norms.mlp),
+        mlp_output_norm=norm(row.layer_norms.mlp_output),
+        query_norm=_head_norm_spec(config, f"{attention}.q_norm.weight", config.num_heads),
+        key_norm=_head_norm_spec(config, f"{attention}.k_norm.weight", config.num_kv_heads),
     )
+
+
+def _joined_specs(
+    prefix: str, names: tuple[str, ...], widths: tuple[int, ...], num_inputs: int, *, bias: bool
+) -> tuple[LinearSpec, ...]:
+    """A module for each width, or one with the sum of them where there is one name."""
+    num_outputs = widths if len(names) == len(widths) else (sum(widths),)
+    return tuple(
+        LinearSpec(f"{prefix}.{name}", width, num_inputs, bias) for name, width in zip(names, num_outputs, strict=True)
+    )
+
+
+def _head_norm_spec(config: ModelConfig, name: str, num_heads: int) -> NormSpec | None:
+    shapes = {
+        HeadNorm.EVERY_HEAD: (config.head_dim,),
+        HeadNorm.WHOLE_PROJECTION: (num_heads * config.head_dim,),
+        HeadNorm.OWN_WEIGHTS: (num_heads, config.head_dim),
+    }
+    return None if config.head_norm is HeadNorm.NEVER else NormSpec(name, shapes[config.head_norm])
 
 
 def _mlp_spec(config: ModelConfig, prefix: str, index: int) -> MlpSpec | MoeSpec:
@@ -111,8 +151,7 @@ def _mlp_spec(config: ModelConfig, prefix: str, index: int) -> MlpSpec | MoeSpec
     if moe is None or family is None or not moe.sparse_layers[index]:
         mlp, width, bias = f"{prefix}.mlp", config.intermediate_size, config.mlp_bias
         return MlpSpec(
-            gate=LinearSpec(f"{mlp}.gate_proj", width, hidden, bias),
-            up=LinearSpec(f"{mlp}.up_proj", width, hidden, bias),
+            gate_up=_joined_specs(mlp, config.architecture.gate_up, (width, width), hidden, bias=bias),
             down=LinearSpec(f"{mlp}.down_proj", hidden, width, bias),
         )
     block = f"{prefix}.{family.block}"
@@ -136,8 +175,7 @@ def _mlp_spec(config: ModelConfig, prefix: str, index: int) -> MlpSpec | MoeSpec
 
 def _expert_spec(family: MoeFamily, name: str, hidden: int, width: int) -> MlpSpec:
     return MlpSpec(
-        gate=LinearSpec(f"{name}.{family.gate}", width, hidden, bias=False),
-        up=LinearSpec(f"{name}.{family.up}", width, hidden, bias=False),
+        gate_up=_joined_specs(name, (family.gate, family.up), (width, width), hidden, bias=False),
         down=LinearSpec(f"{name}.{family.down}", hidden, width, bias=False),
     )
 
@@ -158,7 +196,7 @@ def check_tensors(reader: CheckpointReader, config: ModelConfig) -> None:
         FINAL_NORM: (config.hidden_size,),
     }
     for layer in layers:
-        shapes |= {name: (width,) for name, width in layer.norms.items()}
+        shapes |= {norm.name: norm.shape for norm in layer.norms}
     if not config.tie_word_embeddings or reader.tensor_names_of(HEAD):
         linears.append(head_spec(config))
     packed_names: set[str] = set()

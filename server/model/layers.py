@@ -1,9 +1,8 @@
-"""The decoder's parts: linear layers, norm, rotation. Each holds its frozen tensors; none loads or decides.
+"""The decoder's parts: linear layers and norms. Each holds its frozen tensors; none loads or decides.
 
-Legend: T = tokens of the step, D = head width, K = in features, N = out features.
+Legend: T = tokens of the step, K = in features, N = out features.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.layout import PackedWeight
-from kernels.rotary import Rotation
-from server.model.config import RopeConfig
 
 
 class Linear(Protocol):
@@ -55,8 +52,37 @@ class JoinedLinear:
 
 
 @dataclass(frozen=True)
+class NormedHeadsLinear:
+    """qkv, whose queries and keys are normalized in rows of the shape of their norms' weights, side by side."""
+
+    qkv: Linear
+    query_norm: "RmsNorm | LayerNorm"
+    key_norm: "RmsNorm | LayerNorm"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        joined = self.qkv(x)
+        num_queries, num_keys = self.query_norm.weight.numel(), self.key_norm.weight.numel()
+        queries, keys, values = joined.tensor_split([num_queries, num_queries + num_keys], dim=-1)
+        normed = [
+            norm(heads.view(len(x), *norm.weight.shape)).flatten(1)
+            for norm, heads in ((self.query_norm, queries), (self.key_norm, keys))
+        ]
+        return torch.cat((*normed, values), dim=-1)
+
+
+class Norm(Protocol):
+    """Of the last axis of x, in x's dtype."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum."""
+        ...
+
+
+@dataclass(frozen=True)
 class RmsNorm:
-    """x / rms(x) * weight over the last axis, computed in float32."""
+    """x / rms(x) * weight, computed in float32."""
 
     weight: Tensor
     epsilon: float
@@ -65,33 +91,32 @@ class RmsNorm:
         return dispatch.rms_norm(x, self.weight, self.epsilon)
 
     def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of residual + x, and that sum."""
         return dispatch.add_rms_norm(x, residual, self.weight, self.epsilon)
 
 
-def rotation_at(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-    """The rotation of positions int64 [T], angles computed in float32."""
-    angles = positions[:, None].float() * inverse_frequencies
-    cosines, sines = angles.cos(), angles.sin()
-    return Rotation(
-        cosines=torch.cat((cosines, cosines), dim=-1).to(dtype),
-        signed_sines=torch.cat((-sines, sines), dim=-1).to(dtype),
-    )
+@dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean(x)) / std(x) * weight, computed in float32; weight may have leading axes of x, too."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=self.epsilon)
+        return (normed * self.weight.float()).to(x.dtype)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return self(total), total
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Angle per position of each pair of elements: float32 [D / 2].
+@dataclass(frozen=True)
+class NoNorm:
+    """In the place of a norm that an architecture has not."""
 
-    Source of the llama3 blend: transformers, modeling_rope_utils.py, _compute_llama3_parameters.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / rope.theta**exponents
-    if rope.kind == "default":
-        return frequencies
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    wavelengths = 2 * math.pi / frequencies
-    turns = rope.original_max_position_embeddings / wavelengths
-    # 0 where the wavelength is longest and all is divided, 1 where it is shortest and nothing is
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return (1 - kept) * frequencies / rope.factor + kept * frequencies
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return total, total

@@ -1,44 +1,54 @@
 """From a checkpoint directory to a decoder on a device. Strict: nothing missing, nothing left over, nothing guessed."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.dispatch import ExpertWeights
-from kernels.layout import PackedWeight, concatenate_rows
+from kernels.layout import concatenate_rows
 from kernels.native_cpu import NativeCpu
 from kernels.reference import dequantize
+from kernels.rotary import HeadNorms
 from quant.checkpoint.reader import CheckpointReader
-from quant.checkpoint.stored_module import PackedSpec
 from quant.errors import CheckpointError
+from server.model.architectures import Activation, HeadNorm, NormKind
 from server.model.config import ModelConfig, read_model_config
 from server.model.decoder import Attention, Decoder, DecoderLayer, Mlp
 from server.model.expected_tensors import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    LayerSpec,
     LinearSpec,
     MlpSpec,
     MoeSpec,
+    NormSpec,
     check_tensors,
     layer_spec,
 )
 from server.model.layers import (
     DenseLinear,
     JoinedLinear,
+    LayerNorm,
     Linear,
+    NoNorm,
+    Norm,
+    NormedHeadsLinear,
     QuantizedLinear,
     RmsNorm,
-    inverse_frequencies,
 )
 from server.model.moe import Moe, SharedExpert
 from server.model.native_decoder import NativeDecoder
 from server.model.native_loader import load_native_decoder
+from server.model.rotary import build_rotary
+from server.model.rotation_order import TurnedWeights
+from server.model.weight_source import WeightSource
+
+_GATES = {Activation.SILU: dispatch.silu_gate, Activation.GELU_TANH: dispatch.gelu_gate}
 
 
 @dataclass(frozen=True)
@@ -62,33 +72,19 @@ class LoadedModel:
         return isinstance(self.decoder, NativeDecoder)
 
 
-class WeightSource(Protocol):
-    """What a model's weights are read from by name: a checkpoint, or whatever else gives them."""
-
-    @property
-    def tensor_names(self) -> Collection[str]: ...
-
-    def read_tensor(self, name: str) -> Tensor: ...
-
-    def is_quantized(self, module_name: str) -> bool: ...
-
-    def packed_spec(self, module_name: str) -> PackedSpec: ...
-
-    def read_packed(self, module_name: str) -> PackedWeight:
-        """The module's weight in ROW_MAJOR."""
-        ...
-
-
 def load_model(
     directory: Path,
     device: torch.device,
     dtype: torch.dtype | None,
     report: Callable[[LoadProgress], None],
     native: NativeCpu | None = None,
+    max_model_len: int | None = None,
 ) -> LoadedModel:
     """Load a checkpoint, quantized or not. dtype None means float32 on a CPU, the checkpoint's own on a GPU.
 
     native: what computes it in float32 on a CPU, for a model to which `find_native_obstacle` finds none.
+    max_model_len: the longest sequence it is to compute, None for the config's max_position_embeddings; a model whose
+    rotation is another for long sequences takes that one for all where some may be long.
 
     Raises CheckpointError, before anything is loaded, when the directory is no checkpoint of a known architecture or
     a tensor is missing, left over, or of the wrong shape or dtype; ValueError for a device without kernels.
@@ -97,6 +93,7 @@ def load_model(
     reader = CheckpointReader.open(directory)
     config = read_model_config(directory)
     check_tensors(reader, config)
+    config = replace(config, max_position_embeddings=max_model_len or config.max_position_embeddings)
     if native is not None:
         native_decoder = load_native_decoder(
             reader, config, native, lambda num_loaded: report(LoadProgress(num_loaded, config.num_layers))
@@ -113,18 +110,26 @@ def build_model(
     report: Callable[[LoadProgress], None],
 ) -> LoadedModel:
     """A model of the config on the device, from weights that have all that it needs in the right shapes."""
+    if config.architecture.turns_neighbours:
+        weights = TurnedWeights(weights, config)
     source = _Source(weights, device, dtype)
+    # layers that turn alike share the angles of a step
+    ropes = list(dict.fromkeys(config.layer_ropes))
+    max_len = config.max_position_embeddings
     embedding = source.read_dense(EMBEDDING)
     layers = []
     for index in range(config.num_layers):
-        layers.append(_build_layer(source, config, index))
+        layers.append(_build_layer(source, config, index, ropes.index(config.layer_ropes[index])))
         report(LoadProgress(index + 1, config.num_layers))
     decoder = Decoder(
         embedding=embedding,
         layers=tuple(layers),
-        final_norm=source.read_norm(FINAL_NORM, config),
+        final_norm=source.read_norm(FINAL_NORM, config.architecture.norm, config.stream_norm_epsilon),
         head=_build_head(source, config, embedding),
-        inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(device),
+        rotaries=tuple(build_rotary(rope, config.head_dim, max_len, device) for rope in ropes),
+        embedding_scale=_embedding_scale(config, dtype),
+        logit_scale=config.logit_scale,
+        logit_soft_cap=config.logit_soft_cap,
     )
     return LoadedModel(decoder, replace(config, dtype=source.dtype))
 
@@ -140,8 +145,13 @@ class _Source:
     def read_dense(self, name: str) -> Tensor:
         return self.reader.read_tensor(name).to(device=self.device, dtype=self.dtype)
 
-    def read_norm(self, name: str, config: ModelConfig) -> RmsNorm:
-        return RmsNorm(self.read_dense(name), config.rms_norm_eps)
+    def read_norm(self, name: str, kind: NormKind, epsilon: float) -> RmsNorm | LayerNorm:
+        if kind is NormKind.LAYER:
+            return LayerNorm(self.read_dense(name), epsilon)
+        if kind is NormKind.RMS:
+            return RmsNorm(self.read_dense(name), epsilon)
+        # the sum has digits that the activations' dtype lacks
+        return RmsNorm(1.0 + self.reader.read_tensor(name).to(device=self.device, dtype=torch.float32), epsilon)
 
     def read_linear(self, specs: Sequence[LinearSpec]) -> Linear:
         """One layer for modules that share their input: joined along N where all are dense, or quantized alike.
@@ -191,40 +201,75 @@ class _Source:
         return len({(spec.bits, spec.group_size, spec.scale_dtype) for spec in packed}) == 1
 
 
-def _build_layer(source: _Source, config: ModelConfig, index: int) -> DecoderLayer:
-    spec = layer_spec(config, index)
-    attention_norm, mlp_norm, *head_norms = (source.read_norm(name, config) for name in spec.norms)
-    query_norm, key_norm = head_norms or (None, None)
-    attention = Attention(
-        qkv=source.read_linear((spec.query, spec.key, spec.value)),
-        output=source.read_linear((spec.output,)),
-        query_norm=query_norm,
-        key_norm=key_norm,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        sliding_window=config.layer_windows[index],
+def _build_layer(source: _Source, config: ModelConfig, index: int, rotary: int) -> DecoderLayer:
+    spec, row = layer_spec(config, index), config.architecture
+
+    def norm(norm_spec: NormSpec | None, epsilon: float) -> Norm:
+        return NoNorm() if norm_spec is None else source.read_norm(norm_spec.name, row.norm, epsilon)
+
+    return DecoderLayer(
+        attention_norm=norm(spec.attention_norm, config.stream_norm_epsilon),
+        attention=_build_attention(source, config, spec, rotary, config.layer_windows[index]),
+        attention_output_norm=norm(spec.attention_output_norm, config.norm_epsilon),
+        mlp_norm=None if row.is_parallel else norm(spec.mlp_norm, config.stream_norm_epsilon),
+        mlp=_build_moe(source, config, spec.mlp)
+        if isinstance(spec.mlp, MoeSpec)
+        else _build_mlp(source, config, spec.mlp),
+        mlp_output_norm=norm(spec.mlp_output_norm, config.norm_epsilon),
     )
-    mlp = _build_mlp(source, spec.mlp) if isinstance(spec.mlp, MlpSpec) else _build_moe(source, spec.mlp)
-    return DecoderLayer(attention_norm, attention, mlp_norm, mlp)
 
 
-def _build_mlp(source: _Source, spec: MlpSpec) -> Mlp:
-    return Mlp(gate_up=source.read_linear((spec.gate, spec.up)), down=source.read_linear((spec.down,)))
+def _build_attention(
+    source: _Source, config: ModelConfig, spec: LayerSpec, rotary: int, sliding_window: int | None
+) -> Attention:
+    qkv: Linear = source.read_linear(spec.qkv)
+    head_norms = None
+    if spec.query_norm is not None and spec.key_norm is not None:
+        query_norm, key_norm = (
+            source.read_norm(norm.name, config.architecture.norm, config.norm_epsilon)
+            for norm in (spec.query_norm, spec.key_norm)
+        )
+        if config.head_norm is HeadNorm.EVERY_HEAD:
+            head_norms = HeadNorms(query_norm.weight, key_norm.weight, config.norm_epsilon)
+        else:
+            qkv = NormedHeadsLinear(qkv, query_norm, key_norm)
+    return Attention(
+        qkv=qkv,
+        output=source.read_linear((spec.output,)),
+        head_norms=head_norms,
+        head_dim=config.head_dim,
+        rotary=rotary,
+        softmax_scale=config.softmax_scale,
+        soft_cap=config.attention_soft_cap,
+        sliding_window=sliding_window,
+    )
 
 
-def _build_moe(source: _Source, spec: MoeSpec) -> Moe:
+def _build_mlp(source: _Source, config: ModelConfig, spec: MlpSpec) -> Mlp:
+    return Mlp(
+        gate_up=source.read_linear(spec.gate_up),
+        gate=_GATES[config.activation],
+        down=source.read_linear((spec.down,)),
+    )
+
+
+def _build_moe(source: _Source, config: ModelConfig, spec: MoeSpec) -> Moe:
     shared = spec.shared_expert
     gates = [spec.router, *([shared.gate] if shared else [])]
     return Moe(
         router=torch.cat([source.read_weight(gate) for gate in gates]),
-        gate_up=source.read_experts([(expert.gate, expert.up) for expert in spec.experts]),
+        gate_up=source.read_experts([expert.gate_up for expert in spec.experts]),
         down=source.read_experts([(expert.down,) for expert in spec.experts]),
-        shared_expert=SharedExpert(_build_mlp(source, shared.mlp)) if shared else None,
+        shared_expert=SharedExpert(_build_mlp(source, config, shared.mlp)) if shared else None,
         num_experts=len(spec.experts),
         num_experts_per_tok=spec.num_experts_per_tok,
         norm_topk_prob=spec.norm_topk_prob,
     )
+
+
+def _embedding_scale(config: ModelConfig, dtype: torch.dtype) -> float:
+    scale = config.stream_embedding_scale
+    return float(torch.tensor(scale, dtype=dtype)) if config.architecture.rounds_embedding_scale else scale
 
 
 def _build_head(source: _Source, config: ModelConfig, embedding: Tensor) -> Linear:

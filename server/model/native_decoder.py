@@ -14,6 +14,8 @@ from kernels.native_cpu import AttentionInputs, NativeCpu, NativeLinear
 from kernels.native_program import Buffer, HeadShape, Norm, Program, ProgramBuilder
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from kernels.tile_layout import activation_block, repack_tiles
+from server.model.decoder import finish_logits
+from server.model.rotary import Rotary
 
 # the output head is most of a small model: with 8 bits, and a scale for so many columns, its logits are off by less
 # than bf16 activations make them (python -m benchmarks.cpu_quality)
@@ -55,12 +57,21 @@ class NativeDecoder:
         layers: Sequence[NativeLayer],
         final_norm: Norm,
         head: PackedWeight,
-        inverse_frequencies: Tensor,
+        rotary: Rotary,
+        embedding_scale: float,
+        logit_scale: float,
+        logit_soft_cap: float | None,
     ) -> None:
-        """embedding: [vocab, hidden] in any float dtype; head: a TILES weight [vocab, hidden]."""
+        """embedding: [vocab, hidden] in any float dtype; head: a TILES weight [vocab, hidden].
+
+        The rest as in `Decoder`.
+        """
         self.embedding = embedding
         self._cpu = cpu
-        self._inverse_frequencies = inverse_frequencies
+        self._rotary = rotary
+        self._embedding_scale = embedding_scale
+        self._logit_scale = logit_scale
+        self._logit_soft_cap = logit_soft_cap
         program = _LayersProgram(embedding.shape[1])
         for layer in layers:
             program.add(layer)
@@ -73,16 +84,18 @@ class NativeDecoder:
     ) -> Tensor:
         """As `Decoder.forward`; the caches are those of `kernels.native_cpu.allocate_native_layer`."""
         hidden = torch.nn.functional.embedding(token_ids, self.embedding).float()
-        angles = positions[:, None].float() * self._inverse_frequencies
+        if self._embedding_scale != 1.0:
+            hidden = hidden * self._embedding_scale
+        cosines, sines = self._rotary.angles_at(positions)
         normalized = torch.empty_like(hidden)
-        attention = AttentionInputs(batch, kv_layers, angles.cos(), angles.sin())
+        attention = AttentionInputs(batch, kv_layers, cosines, sines)
         given = {self._hidden: hidden, self._normalized: normalized}
         self._cpu.run(self._program, len(token_ids), given, attention)
         return normalized
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """float32 [S, vocab] of hidden states [S, hidden]."""
-        return self._head(hidden)
+        return finish_logits(self._head(hidden), self._logit_scale, self._logit_soft_cap)
 
 
 def round_head(weight: Tensor) -> PackedWeight:

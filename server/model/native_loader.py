@@ -12,6 +12,7 @@ from kernels.native_cpu import NativeCpu
 from kernels.native_program import KEYS_PER_VECTOR, HeadShape, Norm
 from kernels.tile_layout import activation_block, repack_tiles
 from quant.checkpoint.reader import CheckpointReader
+from server.model.architectures import Activation, HeadNorm, LayerNorms, NormKind
 from server.model.config import ModelConfig, read_model_config
 from server.model.expected_tensors import (
     EMBEDDING,
@@ -24,8 +25,8 @@ from server.model.expected_tensors import (
     head_spec,
     layer_spec,
 )
-from server.model.layers import inverse_frequencies
 from server.model.native_decoder import NativeDecoder, NativeLayer, NativeLinearSpec, round_head
+from server.model.rotary import build_rotary
 
 DTYPE = torch.float32
 
@@ -38,8 +39,8 @@ def find_native_obstacle(directory: Path) -> str | None:
     reader = CheckpointReader.open(directory)
     config = read_model_config(directory)
     check_tensors(reader, config)
-    if config.moe is not None:
-        return "its layers are mixtures of experts"
+    if obstacle := _find_obstacle_of_architecture(config):
+        return obstacle
     if config.head_dim % KEYS_PER_VECTOR:
         return f"its heads are {config.head_dim} wide, no multiple of {KEYS_PER_VECTOR}"
     if config.hidden_size % 32:
@@ -48,6 +49,22 @@ def find_native_obstacle(directory: Path) -> str | None:
     if _has_packed_head(reader, config):
         groups.append((head_spec(config),))
     return next(filter(None, (_find_obstacle_of(reader, specs) for specs in groups)), None)
+
+
+def _find_obstacle_of_architecture(config: ModelConfig) -> str | None:
+    row, ropes = config.architecture, set(config.layer_ropes)
+    obstacles = (
+        (config.moe is not None, "its layers are mixtures of experts"),
+        (row.norm is not NormKind.RMS, "its norms are of another kind"),
+        (row.layer_norms != LayerNorms() or row.is_parallel, "its norms are at other places"),
+        (config.head_norm not in (HeadNorm.NEVER, HeadNorm.EVERY_HEAD), "its head norms are of another kind"),
+        (config.activation is not Activation.SILU, f"its activation is {config.activation.value}, not silu"),
+        (config.attention_soft_cap is not None, "its attention has a soft cap"),
+        (len(ropes) > 1 or None in ropes, "its layers do not all turn alike"),
+        (row.turns_neighbours, "its heads turn in pairs of neighbours"),
+        (any(rope and rope.rotary_dim < config.head_dim for rope in ropes), "only a part of its heads turns"),
+    )
+    return next((sentence for applies, sentence in obstacles if applies), None)
 
 
 def load_native_decoder(
@@ -64,9 +81,14 @@ def load_native_decoder(
         cpu,
         embedding=embedding,
         layers=layers,
-        final_norm=source.read_norm(FINAL_NORM),
+        final_norm=source.read_norm(FINAL_NORM, config.stream_norm_epsilon),
         head=_read_head(source, embedding),
-        inverse_frequencies=inverse_frequencies(config.rope, config.head_dim),
+        rotary=build_rotary(
+            config.layer_ropes[0], config.head_dim, config.max_position_embeddings, torch.device("cpu")
+        ),
+        embedding_scale=config.stream_embedding_scale,
+        logit_scale=config.logit_scale,
+        logit_soft_cap=config.logit_soft_cap,
     )
 
 
@@ -78,8 +100,8 @@ class _Source:
     def read_dense(self, name: str) -> Tensor:
         return self.reader.read_tensor(name).to(DTYPE)
 
-    def read_norm(self, name: str) -> Norm:
-        return Norm(self.read_dense(name), self.config.rms_norm_eps)
+    def read_norm(self, name: str, epsilon: float) -> Norm:
+        return Norm(self.read_dense(name), epsilon)
 
     def read_linear(self, specs: Sequence[LinearSpec]) -> NativeLinearSpec:
         biases = [self.read_dense(f"{spec.name}.bias") for spec in specs if spec.bias]
@@ -92,7 +114,7 @@ def _joined(spec: LayerSpec) -> tuple[tuple[LinearSpec, ...], ...]:
     mlp = spec.mlp
     # a mixture of experts is an obstacle
     assert isinstance(mlp, MlpSpec)
-    return ((spec.query, spec.key, spec.value), (spec.output,), (mlp.gate, mlp.up), (mlp.down,))
+    return (spec.qkv, (spec.output,), mlp.gate_up, (mlp.down,))
 
 
 def _find_obstacle_of(reader: CheckpointReader, specs: Sequence[LinearSpec]) -> str | None:
@@ -111,14 +133,22 @@ def _find_obstacle_of(reader: CheckpointReader, specs: Sequence[LinearSpec]) -> 
 def _read_layer(source: _Source, index: int) -> NativeLayer:
     config = source.config
     spec = layer_spec(config, index)
-    attention_norm, mlp_norm, *head_norms = (source.read_norm(name) for name in spec.norms)
-    query_norm, key_norm = head_norms or (None, None)
+    # an architecture without them is an obstacle
+    assert spec.attention_norm is not None
+    assert spec.mlp_norm is not None
+    attention_norm, mlp_norm = (
+        source.read_norm(norm.name, config.stream_norm_epsilon) for norm in (spec.attention_norm, spec.mlp_norm)
+    )
+    query_norm, key_norm = (
+        None if norm is None else source.read_norm(norm.name, config.norm_epsilon)
+        for norm in (spec.query_norm, spec.key_norm)
+    )
     qkv, output, gate_up, down = (source.read_linear(specs) for specs in _joined(spec))
     heads = HeadShape(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        softmax_scale=config.head_dim**-0.5,
+        softmax_scale=config.softmax_scale,
         window=config.layer_windows[index],
         query_norm=query_norm,
         key_norm=key_norm,

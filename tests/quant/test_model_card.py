@@ -19,6 +19,7 @@ from quant.model_card import SERVED_TYPES, model_card, read_licence, recipe_opti
 from quant.pipeline import quantize
 from quant.recipe import Recipe
 from quant.report import CalibrationOrigin, CalibrationSummary, GroupingShare, HeldOutQuality, Report
+from quant.scale_groups import FAMILIES
 from server.model.architectures import ARCHITECTURE_OF_TYPE
 from tests.tiny_models import save_tiny_model
 
@@ -93,6 +94,10 @@ def test_a_family_that_the_server_does_not_serve_is_sent_elsewhere() -> None:
 
 def test_the_families_that_the_card_takes_for_served_are_those_of_the_server() -> None:
     assert set(SERVED_TYPES) == set(ARCHITECTURE_OF_TYPE)
+
+
+def test_every_family_that_is_served_is_quantized_with_scales() -> None:
+    assert set(SERVED_TYPES) <= set(FAMILIES)
 
 
 def test_the_card_says_how_the_weights_are_stored() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.parity_models import SHAPE
 from quant.linear_experts import linearize_experts
-from tests.tiny_models import SHAPE, save_tiny_model
+from tests.tiny_models import save_tiny_model
 
 # shorter than the sequences of the tests, so that a mask of the wrong layer type shows
 SLIDING_WINDOW = 12
@@ -89,6 +90,8 @@ VARIANTS = (
     ),
     Variant("cohere", "cohere", {"logit_scale": 4.0, "tie_word_embeddings": True}),
     Variant("cohere-qk-norm", "cohere", {"use_qk_norm": True, "logit_scale": 4.0, "tie_word_embeddings": True}),
+    Variant("smollm3", "smollm3"),
+    Variant("glm4", "glm4"),
     Variant("gpt-neox", "gpt_neox", {"tie_word_embeddings": False}),
     Variant("gpt-neox-sequential", "gpt_neox", {"use_parallel_residual": False}),
     Variant("opt", "opt", OPT),

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from server.model.decoder import Decoder
 from server.model.layers import DenseLinear
 from server.model.loader import LoadedModel, LoadProgress, load_model
 from tests.server.model.quantized_models import TENSOR_FILE, quantize_in_place
@@ -162,3 +163,50 @@ def test_progress_counts_the_layers(llama: Path) -> None:
     load_model(llama, CPU, None, seen.append)
 
     assert seen == [LoadProgress(1, 2), LoadProgress(2, 2)]
+
+
+@pytest.mark.parametrize(("max_model_len", "first_angle"), [(None, 1.0 / 4), (64, 1.0 / 4), (32, 1.0 / 2)])
+def test_a_model_that_turns_long_sequences_otherwise_is_told_how_long_they_get(
+    max_model_len: int | None, first_angle: float, tmp_path: Path
+) -> None:
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [2.0] * 8, "long_factor": [4.0] * 8}
+    fields = {"original_max_position_embeddings": 32, "rope_parameters": longrope}
+    save_tiny_model("phi3", tmp_path, config_overrides=fields)
+
+    decoder = load_model(tmp_path, CPU, None, ignore_progress, max_model_len=max_model_len).decoder
+
+    assert isinstance(decoder, Decoder)
+    assert float(decoder.rotaries[0].inverse_frequencies[0]) == first_angle
+
+
+def test_layers_that_turn_alike_share_their_angles(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 5, "no_rope_layers": [1, 0, 1, 0, 1]}
+
+    decoder = load(save_tiny_model("smollm3", tmp_path, config_overrides=fields)).decoder
+
+    assert isinstance(decoder, Decoder)
+    assert len(decoder.rotaries) == 2
+    assert [layer.attention.rotary for layer in decoder.layers] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module"),
+    [("phi3", "self_attn.qkv_proj"), ("phi3", "mlp.gate_up_proj"), ("glm4", "mlp.gate_up_proj")],
+)
+def test_a_fused_module_of_another_shape_is_named(model_type: str, module: str, tmp_path: Path) -> None:
+    directory = save_tiny_model(model_type, tmp_path)
+    name = f"model.layers.1.{module}.weight"
+    rewrite(directory, lambda tensors: tensors.update({name: tensors[name][:-2].clone()}))
+
+    with pytest.raises(CheckpointError, match=f"{name} has the shape"):
+        load(directory)
+
+
+def test_embeddings_are_scaled_in_the_precision_that_the_model_was_trained_in(tmp_path: Path) -> None:
+    # given a width whose root has more digits than bfloat16
+    directory = save_tiny_model("gemma", tmp_path, config_overrides={"hidden_size": 96})
+
+    decoders = [load(directory, dtype).decoder for dtype in (torch.float32, torch.bfloat16)]
+
+    scales = [decoder.embedding_scale for decoder in decoders if isinstance(decoder, Decoder)]
+    assert scales == [pytest.approx(96**0.5), 9.8125]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.parity_models import PARITY_MODELS
 from kernels.native_cpu import allocate_native_layer
 from server.model.loader import LoadedModel, load_model
 from server.model.native_decoder import NativeDecoder
@@ -53,10 +54,11 @@ def random_tokens(num_tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("model_type", TINY_MODEL_TYPES)
-def test_the_native_decoder_is_transformers_on_dequantized_weights(model_type: str, tmp_path: Path) -> None:
-    dense = save_tiny_model(model_type, tmp_path / "dense")
-    quantized = save_tiny_model(model_type, tmp_path / "quantized")
+@pytest.mark.parametrize("name", [*TINY_MODEL_TYPES, "granite", "phi3", "llama, yarn", "phi3, longrope, long"])
+def test_the_native_decoder_is_transformers_on_dequantized_weights(name: str, tmp_path: Path) -> None:
+    tiny = PARITY_MODELS[name]
+    dense = save_tiny_model(tiny.model_type, tmp_path / "dense", config_overrides=tiny.fields)
+    quantized = save_tiny_model(tiny.model_type, tmp_path / "quantized", config_overrides=tiny.fields)
     weights = quantize_in_place(quantized, everything)
     tokens = random_tokens(NUM_TOKENS)
 
@@ -100,5 +102,24 @@ def test_a_model_that_it_cannot_compute_is_told_apart(
     overrides: dict[str, object], wanted: Callable[[str], bool], obstacle: str, tmp_path: Path
 ) -> None:
     quantize_in_place(save_tiny_model("llama", tmp_path, config_overrides=overrides), wanted)
+
+    assert obstacle in str(find_native_obstacle(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "obstacle"),
+    [
+        ("mixtral", "mixtures of experts"),
+        ("gemma", "its norms are of another kind"),
+        ("olmo2", "its norms are at other places"),
+        ("cohere", "its norms are of another kind"),
+        ("glm4", "its norms are at other places"),
+        ("smollm3", "its layers do not all turn alike"),
+        ("phi3, part of heads turns", "only a part of its heads turns"),
+    ],
+)
+def test_a_family_that_it_cannot_compute_is_told_apart(name: str, obstacle: str, tmp_path: Path) -> None:
+    tiny = PARITY_MODELS[name]
+    save_tiny_model(tiny.model_type, tmp_path, config_overrides=tiny.fields)
 
     assert obstacle in str(find_native_obstacle(tmp_path))

@@ -15,8 +15,9 @@ from tests.server.model.greedy_tokens import Generated, generate
 from tests.server.model.quantized_models import TENSOR_FILE, quantize_in_place
 from tests.tiny_models import save_tiny_model
 
-# with a norm of heads, with a window that the longest prompt outgrows, with experts and one that is shared
-MODEL_TYPES = ("qwen3", "mistral", "qwen2_moe")
+# with a norm of heads; with a window that the longest prompt outgrows, soft caps, GELU gates and norms that multiply by
+# 1 + w; with experts and one that is shared
+MODEL_TYPES = ("qwen3", "gemma2", "qwen2_moe")
 # what rounding to halves may move a logit by, of a spread of 1: two layers of eight roundings, 2**-11 of the value each
 MARGIN = 0.01
 KERNELS = (

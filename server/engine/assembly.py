@@ -21,6 +21,8 @@ from server.engine.request import ModelInfo, SamplingDefaults
 from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.model.config import DTYPES, ModelConfig, read_model_config
+from server.model.decoder import Decoder
+from server.model.fixed_rows import fix_rows
 from server.model.loader import LoadedModel, LoadProgress, load_model
 
 _GPU_STEP_TOKENS = 2048
@@ -109,11 +111,11 @@ def wire_engine(
         limits = replace(choose_limits(config, device, _NATIVE_PREFILL_CHUNK), deterministic=False)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
-    runner = ModelRunner(
-        model.decoder,
-        allocate_layers(size, geometry, device),
-        dispatch.max_rows_together(device) if is_isolated else None,
-    )
+    max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
+    decoder = model.decoder
+    if config.deterministic and max_rows_together is not None and isinstance(decoder, Decoder):
+        decoder = fix_rows(decoder, max_rows_together)
+    runner = ModelRunner(decoder, allocate_layers(size, geometry, device), max_rows_together)
     return EngineLoop(scheduler, runner, info, publish), info
 
 

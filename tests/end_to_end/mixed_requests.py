@@ -43,10 +43,10 @@ def is_greedy(index: int) -> bool:
 
 
 def body_of(index: int) -> dict[str, object]:
-    """Completions and chats, streamed or not, greedy or seeded in several ways, of 1 to 23 tokens."""
+    """Completions and chats, streamed or not, greedy or seeded in several ways, of 1 to 15 tokens."""
     prompt = f"{PREFIXES[index // 2 % 3]}{index % 7} apples" + " and pears" * (index % 5)
     # both cases are often the same: some prompts are asked more than once
-    body: dict[str, object] = {"max_tokens": 1 + index * 5 % 23, "ignore_eos": True, "stream": index // 4 % 2 == 0}
+    body: dict[str, object] = {"max_tokens": 1 + index * 5 % 15, "ignore_eos": True, "stream": index // 4 % 2 == 0}
     if is_chat(index):
         body |= {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": NUM_TOP}
     else:

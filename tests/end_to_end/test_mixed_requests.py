@@ -11,10 +11,11 @@ from tests.kernels.native_libraries import open_native
 from tests.server.model.quantized_models import quantize_in_place
 from tests.tiny_models import save_tiny_model
 
-# how far the last bits of a float32 sum may move a log-probability; tokens that are closer may change places
-NEAR_TIE_LOGPROB = 1e-4
-# of two hundred requests: two tokens tie, or a draw falls between two, once in many thousand tokens
-MAX_NEAR_TIES = 4
+# torch's kernels round what goes into a packed linear to bfloat16, so a last bit that differs may move a log-probability
+# by so much; tokens that are closer may change places
+NEAR_TIE_LOGPROB = 0.05
+# of two hundred requests with 1,600 tokens
+MAX_NEAR_TIES = 20
 
 
 @pytest.fixture

@@ -175,9 +175,7 @@ def _check_memory(
 
 
 def _workspace(model: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits) -> int:
-    return workspace_bytes(
-        model, dtype, max_num_tokens=limits.max_num_batched_tokens, max_num_seqs=limits.max_num_seqs
-    )
+    return workspace_bytes(model, dtype, max_num_tokens=limits.max_num_batched_tokens, max_num_seqs=limits.max_num_seqs)
 
 
 def _check_cache_size(

@@ -36,7 +36,9 @@ def test_unasked_a_cpu_gives_at_most_a_quarter_of_its_free_memory(monkeypatch: p
 
 def test_a_context_that_does_not_fit_is_refused_with_the_number_to_change() -> None:
     config = replace(CONFIG, max_model_len=512, kv_cache_bytes=256 * BYTES_PER_TOKEN)
-    with pytest.raises(EngineSetupError, match=r"holds 256 tokens, fewer than max_model_len 512: raise kv_cache_memory"):
+    with pytest.raises(
+        EngineSetupError, match=r"holds 256 tokens, fewer than max_model_len 512: raise kv_cache_memory"
+    ):
         choose_size(config, GEOMETRY, CPU)
 
 

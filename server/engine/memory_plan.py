@@ -1,5 +1,7 @@
-"""What weights and a step's work take of a memory, and what that leaves for the KV cache. Pure, so that no GPU is needed
-to know whether a model fits one."""
+"""What weights and a step's work take of a memory, and what that leaves for the KV cache.
+
+Pure, so that no GPU is needed to know whether a model fits one.
+"""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class DeviceMemory:
 
 
 def weight_bytes(reader: CheckpointReader, dtype: torch.dtype | None) -> int:
-    """What a checkpoint's tensors take once loaded: packed modules as they are stored, others in dtype, None: as stored.
+    """What a checkpoint's tensors take once loaded: packed modules as stored, others in dtype, or as stored for None.
 
     Rather less than more, as a layer without a packed kernel is dequantized.
     """
@@ -37,7 +39,7 @@ def weight_bytes(reader: CheckpointReader, dtype: torch.dtype | None) -> int:
 
 
 def workspace_bytes(model: ModelConfig, dtype: torch.dtype, *, max_num_tokens: int, max_num_seqs: int) -> int:
-    """The most that a step computes in: the activations of one layer for its tokens, and the logits of its sequences."""
+    """The most that a step computes in: one layer's activations for its tokens, and the logits of its sequences."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     # the stream, its sum and its norm; the heads and what they attended to; gate, up and their product
     width = 3 * model.hidden_size + heads + model.num_heads * model.head_dim + 3 * model.intermediate_size
@@ -57,8 +59,8 @@ def check_gpu_fits(weights: int, workspace: int, memory: DeviceMemory, config: E
         raise EngineSetupError(
             f"the weights take {weights / _GIB:.1f} GiB and a step's work {workspace / _GIB:.1f} GiB, but "
             f"gpu_memory_utilization {config.gpu_memory_utilization} leaves {max(room, 0) / _GIB:.1f} GiB: of the "
-            f"GPU's {memory.total / _GIB:.1f} GiB {memory.free / _GIB:.1f} are free. Raise gpu_memory_utilization, lower "
-            "max_num_batched_tokens or max_num_seqs, or serve a checkpoint of fewer bits"
+            f"GPU's {memory.total / _GIB:.1f} GiB {memory.free / _GIB:.1f} are free. Raise gpu_memory_utilization, "
+            "lower max_num_batched_tokens or max_num_seqs, or serve a checkpoint of fewer bits"
         )
 
 

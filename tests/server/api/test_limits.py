@@ -48,6 +48,11 @@ def test_a_body_without_a_length_is_413_as_soon_as_it_is_too_large(small: TestCl
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def send_without_end(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b" " * 65536)
+
+
 @pytest.mark.parametrize("framing", ["Content-Length: 33554432", "Transfer-Encoding: chunked"])
 def test_a_client_that_sends_all_before_it_reads_gets_the_answer(live_url: str, framing: str) -> None:
     # given four times what is taken, from a client that looks up from it only at its end
@@ -70,8 +75,7 @@ def test_a_client_that_sends_on_for_ever_is_cut(live_url: str, monkeypatch: pyte
     with socket.create_connection(("127.0.0.1", int(live_url.rpartition(":")[2])), timeout=20) as connection:
         connection.sendall(head)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while True:
-                connection.sendall(b" " * 65536)
+            send_without_end(connection)
 
 
 def test_the_largest_body_is_taken(small: TestClient) -> None:

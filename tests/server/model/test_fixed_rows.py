@@ -1,4 +1,4 @@
-"""A dense linear in fixed rows gives every row the same bits, whatever is beside it; nothing else of a model changes."""
+"""A dense linear in fixed rows gives a row the same bits, whatever is beside it; nothing else of a model changes."""
 
 from dataclasses import replace
 from pathlib import Path

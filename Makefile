@@ -10,7 +10,7 @@ TEXT   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench-cpu bench-memory bench-step bench-quality bench-gpu parity tune-gpu kernels-check kernels-check-oldest docker-check clean environment environment-dev
+.PHONY: help serve test check format bench-cpu bench-memory bench-step bench-loader-memory bench-quality bench-gpu parity tune-gpu kernels-check kernels-check-oldest docker-check clean environment environment-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ bench-memory: environment-dev ## what quantizing takes in memory, beside its bou
 
 bench-step: environment-dev ## what a step costs the CPU around the model, for 1 to 256 sequences; JSON=path keeps the figures
 	$(BIN)/python -m benchmarks.step_overhead $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-loader-memory: environment-dev ## what loading takes of the host's memory, beside its bound, on a random model; ARGS=options
+	$(BIN)/python -m benchmarks.loader_memory $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-quality: environment-dev ## quality beside llm-compressor and AutoRound, calibrated on CALIB=file, measured on TEXT=files
 	$(BIN)/python -m benchmarks.quality $(if $(CALIB),--calib $(CALIB)) $(TEXT:%=--text %) $(if $(JSON),--json $(JSON)) $(ARGS)

@@ -19,6 +19,10 @@ HEAD_SECONDS = 20.0
 BODY_SECONDS = 60.0
 # a client that reads nothing for so long, while as much is buffered for it as may be, reads no more
 STALL_SECONDS = 60.0
+# a client that was refused may still be sending, and closing then would take the answer from it
+LINGER_SECONDS = 5.0
+# how many of those at once, beside the connections that the limit allows; more are closed without waiting
+MAX_LINGERING = 256
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -35,13 +39,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _num_head_bytes = 0
     _num_early_bytes = 0
     _unanswered: tuple[RequestResponseCycle, ...] = ()
+    _is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         # uvicorn would answer in words of its own, and only once a head has come
         max_connections, self.limit_concurrency = self.limit_concurrency, None
         super().connection_made(transport)
         self._await_head()
-        if max_connections is not None and len(self.connections) > max_connections:
+        if max_connections is not None and len(self.connections) - self._num_lingering() > max_connections:
             self._refuse(TooManyConnections(f"{max_connections} connections are open, which is the limit: try later"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -51,6 +56,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
         self._num_early_bytes = self._num_early_bytes + len(data) if self.pipeline else 0
         if self._is_in_head:
@@ -102,11 +109,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Answer a request that is not whole yet with an error, if it is its turn, and close."""
         waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
         is_its_turn = self._is_in_head if not waiting else waiting[0].more_body and not waiting[0].response_started
-        if is_its_turn and not self.transport.is_closing():
+        is_told = is_its_turn and not self.transport.is_closing()
+        if is_told:
             self.transport.write(_error_as_http(error))
         self._end_request_timer()
         self._tell_of_the_end()
-        self.transport.close()
+        if is_told and self._num_lingering() < MAX_LINGERING:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Say that nothing more comes, and drop what still does, until the client closes too or the time is up."""
+        self._is_refused = True
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._set_request_timer(LINGER_SECONDS, self.transport.close)
+
+    def _num_lingering(self) -> int:
+        return sum(isinstance(other, BoundedHttpProtocol) and other._is_refused for other in self.connections)
 
     def _refuse_slow_body(self) -> None:
         self._refuse(RequestTimeout(f"the body was not here {BODY_SECONDS:g} seconds after its head"))
@@ -116,6 +137,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         for cycle in self._unanswered:
             if not cycle.response_complete:
                 cycle.disconnected = True
+                cycle.waiting_for_100_continue = False
                 cycle.message_event.set()
 
     def _await_head(self) -> None:

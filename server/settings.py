@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ CONFIG_VARIABLE = "AWQ_SERVE_CONFIG"
 # the one key of most servers, under the name by which its clients have it too
 KEY_VARIABLE = "AWQ_SERVE_API_KEY"
 MEBIBYTE = 1 << 20
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(|KiB|MiB|GiB)")
+_SIZE_UNITS = {"": 1, "KiB": 1 << 10, "MiB": MEBIBYTE, "GiB": 1 << 30}
 
 
 class SettingsError(Exception):
@@ -86,7 +89,9 @@ class Settings(BaseSettings):
         int | None, Field(ge=1, description="tokens that one step computes; by device if not set")
     ] = None
     block_size: Annotated[int | None, Field(ge=1, description="tokens in a block of the KV cache")] = None
-    kv_cache_bytes: Annotated[int | None, Field(ge=1, description="bytes of the KV cache")] = None
+    kv_cache_memory: Annotated[
+        int | None, Field(ge=1, description="of the KV cache: bytes, or a number with KiB, MiB or GiB")
+    ] = None
     gpu_memory_utilization: Annotated[
         float, Field(gt=0, le=1, description="share of the GPU for weights and KV cache")
     ] = 0.9
@@ -127,6 +132,17 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: object) -> object:
         """An environment variable holds several with commas between."""
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+    @field_validator("kv_cache_memory", mode="before")
+    @classmethod
+    def _parse_size(cls, value: object) -> object:
+        """`512MiB` as well as its bytes."""
+        if not isinstance(value, str):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"it must be a number of bytes, or one followed by KiB, MiB or GiB, and it is {value}")
+        return int(float(match[1]) * _SIZE_UNITS[match[2]])
 
     @field_validator("model_roots", mode="before")
     @classmethod
@@ -180,7 +196,7 @@ class Settings(BaseSettings):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
-            kv_cache_bytes=self.kv_cache_bytes,
+            kv_cache_bytes=self.kv_cache_memory,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_waiting=self.max_waiting,
             num_threads=self.num_threads,

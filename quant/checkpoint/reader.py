@@ -7,14 +7,13 @@ them. Loads no pickle, changes no file.
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kernels.layout import PackedWeight
 from quant.checkpoint.codecs import CODECS, MARKERS, Codec
 from quant.checkpoint.meta import QuantizationMeta, parse_meta
 from quant.checkpoint.stored_module import PackedSpec, StoredModule
-from quant.checkpoint.tensor_files import StoredTensor, find_tensors, read_json_object
+from quant.checkpoint.tensor_files import StoredTensor, find_tensors, read_json_object, read_whole
 from quant.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -23,7 +22,11 @@ OLD_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 class CheckpointReader:
-    """An opened checkpoint. Its tensors are memory-mapped copies on demand; close nothing."""
+    """An opened checkpoint. Its tensors are read on demand, each into memory of its own; no file stays open.
+
+    So whoever drops a tensor gives all of its memory back, and a file that is replaced meanwhile breaks nothing that
+    has been read. The pages of a mapped file would count as this process's until its last tensor is gone.
+    """
 
     def __init__(
         self,
@@ -36,8 +39,6 @@ class CheckpointReader:
         self.config = config
         self.meta = meta
         self._tensors = tensors
-        # opened once: a file of a large model has a header of megabytes
-        self._files: dict[Path, safe_open] = {}
         self._names_by_module: dict[str, tuple[str, ...]] = {}
         for name in tensors:
             module_name = name.rpartition(".")[0]
@@ -85,11 +86,7 @@ class CheckpointReader:
 
     def read_tensor(self, name: str) -> Tensor:
         """The tensor on the CPU, in its stored dtype. Raises CheckpointError when there is none of that name."""
-        file = self._find(name).file
-        if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt", device="cpu")
-        tensor: Tensor = self._files[file].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        return read_whole(self._find(name))
 
     def is_quantized(self, module_name: str) -> bool:
         return any(module_name + marker in self._tensors for marker in MARKERS)

@@ -90,11 +90,20 @@ def read_rows(stored: StoredTensor, rows: Iterable[int]) -> Tensor:
     num_rows, *row_shape = stored.spec.shape
     row_bytes = stored.spec.num_bytes // max(1, num_rows)
     made = torch.empty((len(wanted), *row_shape), dtype=stored.spec.dtype)
-    target = made.view(-1).view(torch.uint8).numpy().data
+    target = _bytes_of(made)
     with stored.file.open("rb", buffering=0) as stream:
         for place, first, length in _runs(wanted):
             stream.seek(stored.start + first * row_bytes)
             _fill(target[place * row_bytes : (place + length) * row_bytes], stream, stored.file)
+    return made
+
+
+def read_whole(stored: StoredTensor) -> Tensor:
+    """A tensor in its dtype on the CPU, read as `read_rows` does it. Raises CheckpointError in the same case."""
+    made = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
+    with stored.file.open("rb", buffering=0) as stream:
+        stream.seek(stored.start)
+        _fill(_bytes_of(made), stream, stored.file)
     return made
 
 
@@ -120,6 +129,13 @@ def _find_sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
         if name not in headers[shard]:
             raise CheckpointError(f"{index} places {name} in {shard}, which has no such tensor: {DOWNLOAD_AGAIN}")
         tensors[name] = headers[shard][name]
+    for shard, header in headers.items():
+        if left_over := sorted(name for name in header if weight_map.get(name) != shard):
+            others = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+            raise CheckpointError(
+                f"{directory / shard} holds {left_over[0]}{others}, which {INDEX_FILE} does not place there: "
+                "the two are of different models, or of different versions of one; fetch them again"
+            )
     return tensors
 
 
@@ -131,6 +147,11 @@ def _runs(rows: range | list[int]) -> Iterator[tuple[int, int, int]]:
     for _, run in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
         (place, first), *others = run
         yield place, first, 1 + len(others)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _fill(target: memoryview, stream: FileIO, file: Path) -> None:

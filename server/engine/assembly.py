@@ -9,18 +9,30 @@ import torch
 
 from kernels import dispatch
 from kernels.native_cpu import KV_DTYPE
+from quant.checkpoint.reader import CheckpointReader
 from quant.errors import QuantError
+from server.engine import host_memory
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
 from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
-from server.engine.kv_cache import KvGeometry, allocate_layers, check_context_len, choose_dtype, choose_size
+from server.engine.kv_cache import (
+    KvGeometry,
+    allocate_layers,
+    check_context_len,
+    choose_dtype,
+    choose_size,
+    gpu_memory,
+)
 from server.engine.loop import EngineLoop, Publish
+from server.engine.memory_plan import check_gpu_fits, check_host_fits, weight_bytes, workspace_bytes
 from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo, SamplingDefaults
 from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.model.config import DTYPES, ModelConfig, read_model_config
+from server.model.decoder import Decoder
+from server.model.fixed_rows import fix_rows
 from server.model.loader import LoadedModel, LoadProgress, load_model
 
 _GPU_STEP_TOKENS = 2048
@@ -73,6 +85,7 @@ def assemble_engine(
     directory = Path(config.model_path)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
     kernels = _check_and_choose_kernels(config, read_model_config(directory), dtype, device)
+    _check_memory(config, directory, dtype, device, is_native=kernels.native is not None)
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len)
     return wire_engine(config, model, device, kernels, sampling_defaults, publish)
@@ -90,7 +103,8 @@ def wire_engine(
     # the dtype that it computes in
     dtype = model.config.dtype or model.decoder.embedding.dtype
     geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
-    size = choose_size(config, geometry, device)
+    limits = choose_limits(config, device)
+    size = choose_size(config, geometry, device, _workspace(model.config, dtype, limits))
     info = ModelInfo(
         model_path=config.model_path,
         max_model_len=size.max_model_len,
@@ -103,17 +117,16 @@ def wire_engine(
         sampling_defaults=sampling_defaults,
         kernels=kernels.description,
     )
-    limits = choose_limits(config, device)
     if kernels.native is not None:
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
         limits = replace(choose_limits(config, device, _NATIVE_PREFILL_CHUNK), deterministic=False)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
-    runner = ModelRunner(
-        model.decoder,
-        allocate_layers(size, geometry, device),
-        dispatch.max_rows_together(device) if is_isolated else None,
-    )
+    max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
+    decoder = model.decoder
+    if config.deterministic and max_rows_together is not None and isinstance(decoder, Decoder):
+        decoder = fix_rows(decoder, max_rows_together)
+    runner = ModelRunner(decoder, allocate_layers(size, geometry, device), max_rows_together)
     return EngineLoop(scheduler, runner, info, publish), info
 
 
@@ -143,6 +156,26 @@ def _check_and_choose_kernels(
         # what is left to torch is small, and threads of its own would fight for the cores: 4 ms for a maximum
         torch.set_num_threads(1)
     return kernels
+
+
+def _check_memory(
+    config: EngineConfig, directory: Path, dtype: torch.dtype | None, device: torch.device, *, is_native: bool
+) -> None:
+    """Raise EngineSetupError for weights that the device has no room for."""
+    reader, model = CheckpointReader.open(directory), read_model_config(directory)
+    if device.type == "cpu":
+        # the native kernels keep the embedding as it is stored
+        check_host_fits(
+            weight_bytes(reader, None if is_native else dtype or torch.float32), host_memory.available_bytes()
+        )
+        return
+    dtype = dtype or model.dtype or torch.bfloat16
+    workspace = _workspace(model, dtype, choose_limits(config, device))
+    check_gpu_fits(weight_bytes(reader, dtype), workspace, gpu_memory(device), config)
+
+
+def _workspace(model: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits) -> int:
+    return workspace_bytes(model, dtype, max_num_tokens=limits.max_num_batched_tokens, max_num_seqs=limits.max_num_seqs)
 
 
 def _check_cache_size(

@@ -13,6 +13,7 @@ from kernels.paged_batch import PagedLayer, allocate_layer
 from server.engine import host_memory
 from server.engine.config import EngineConfig, KvCacheDType
 from server.engine.errors import EngineSetupError
+from server.engine.memory_plan import DeviceMemory, cache_budget
 
 # a tile of the kernels is one block then; a CPU gathers blocks, so larger ones mean less work
 _DEFAULT_BLOCK_SIZES = {"cuda": 64, "cpu": 32}
@@ -78,8 +79,10 @@ def choose_dtype(config: EngineConfig, model_dtype: torch.dtype, device: torch.d
     return dtype
 
 
-def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device) -> KvCacheSize:
-    """How many blocks the settings and the memory left after the weights allow.
+def choose_size(
+    config: EngineConfig, geometry: KvGeometry, device: torch.device, workspace_bytes: int = 0
+) -> KvCacheSize:
+    """How many blocks the settings and the memory left after the weights allow, on a GPU beside a step's work.
 
     Raises EngineSetupError when a sequence of max_model_len would not fit, naming the numbers that would do.
     """
@@ -91,7 +94,7 @@ def choose_size(config: EngineConfig, geometry: KvGeometry, device: torch.device
     bytes_per_block = block_size * geometry.bytes_per_token
     wanted_len = config.max_model_len or geometry.max_model_len
     useful_blocks = config.max_num_seqs * -(-wanted_len // block_size)
-    cache_bytes = _cache_bytes(config, device)
+    cache_bytes = _cache_bytes(config, device, workspace_bytes)
     num_blocks = min(cache_bytes // bytes_per_block, useful_blocks)
     capacity = num_blocks * block_size
     # the length that was asked for; where none was, any that a block holds will do
@@ -132,22 +135,28 @@ def allocate_layers(size: KvCacheSize, geometry: KvGeometry, device: torch.devic
     except RuntimeError as error:
         needed = size.num_blocks * size.block_size * geometry.bytes_per_token
         raise EngineSetupError(
-            f"{needed / _MIB:.1f} MiB for the KV cache could not be allocated ({error}): set kv_cache_bytes lower"
+            f"{needed / _MIB:.1f} MiB for the KV cache could not be allocated ({error}): set kv_cache_memory lower"
         ) from error
 
 
-def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
+def gpu_memory(device: torch.device) -> DeviceMemory:
+    """The GPU's, after what this process keeps for later use has been given back."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total, free)
+
+
+def _cache_bytes(config: EngineConfig, device: torch.device, workspace_bytes: int) -> int:
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(int(total * config.gpu_memory_utilization) - (total - free), 0)
+        return cache_budget(gpu_memory(device), config.gpu_memory_utilization, workspace_bytes)
     return int(host_memory.available_bytes() * _CPU_MEMORY_SHARE)
 
 
 def _advice(config: EngineConfig, device: torch.device) -> str:
     if config.kv_cache_bytes is None and device.type == "cuda":
-        return f"raise gpu_memory_utilization, which is {config.gpu_memory_utilization}, or set kv_cache_bytes"
+        return f"raise gpu_memory_utilization, which is {config.gpu_memory_utilization}, or set kv_cache_memory"
     if config.kv_cache_bytes is None:
-        return "free some memory, or set kv_cache_bytes"
-    return f"raise kv_cache_bytes, which is {config.kv_cache_bytes}"
+        return "free some memory, or set kv_cache_memory"
+    return f"raise kv_cache_memory, which is {config.kv_cache_bytes}"

@@ -41,13 +41,18 @@ class ModelRunner:
         # a step may hold nothing but the first part of a prompt
         if plan.sampling_rows:
             sampled = hidden[[row.token_index for row in plan.sampling_rows]]
-            tokens = sample(self._decoder.compute_logits(sampled), plan.sampling_rows)
+            tokens = sample(self._compute_logits(sampled), plan.sampling_rows)
         return StepResult(tokens, tuple(self._score_prompt(hidden, rows) for rows in plan.prompt_logprob_rows))
 
     def _compute(self, plan: StepPlan, sequences: range) -> Tensor:
         """Normalized hidden states [T, hidden] of these sequences' tokens."""
         step = build_step_tensors(plan, sequences, self._kv_layers[0].block_size, self._device)
         return self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
+
+    def _compute_logits(self, sampled: Tensor) -> Tensor:
+        """float32 [S, vocab] of hidden states [S, hidden], each row of another sequence."""
+        runs = sampled.split(self._max_rows_together or len(sampled))
+        return torch.cat([self._decoder.compute_logits(rows) for rows in runs])
 
     def _score_prompt(self, hidden: Tensor, rows: PromptLogprobRows) -> tuple[TokenLogprob, ...]:
         scores: list[TokenLogprob] = []

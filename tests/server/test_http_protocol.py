@@ -82,6 +82,11 @@ def assert_is_error(answer: bytes, status: int, code: str) -> None:
     assert json.loads(body)["error"]["code"] == code
 
 
+def send_without_end(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(CHUNK)
+
+
 def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
@@ -129,6 +134,44 @@ def test_a_connection_too_many_is_told_so(app: FastAPI, monkeypatch: pytest.Monk
         # and when the others have gone there is room again
         wait_until(lambda: app.state.num_ended == 2)
         wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/live").status_code == 200)
+
+
+def test_a_connection_too_many_may_send_all_it_has_before_it_reads_the_answer(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "SPARE_CONNECTIONS", 1)
+    upload = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 16777216\r\n\r\n" + bytes(1 << 24)
+    with (
+        running(app, max_num_seqs=1, max_waiting=0) as port,
+        connected(port, get("/wait")) as first,
+        connected(port, get("/wait")),
+    ):
+        wait_until(lambda: app.state.num_waiting == 2)
+        with connected(port, upload) as third:
+            assert_is_error(rest_of(third), 503, "too_many_connections")
+            # and while that one is still there it takes nobody's place
+            first.close()
+            wait_until(lambda: app.state.num_ended == 1)
+            assert httpx.get(f"http://127.0.0.1:{port}/live").status_code == 200
+
+
+def test_a_refused_client_that_sends_on_for_ever_is_cut(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 0.05)
+    with (
+        running(app) as port,
+        connected(port, b"nonsense\r\n\r\n") as connection,
+        pytest.raises((ConnectionResetError, BrokenPipeError)),
+    ):
+        send_without_end(connection)
+
+
+def test_those_that_linger_are_bounded(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_LINGERING", 0)
+    with running(app) as port, connected(port, b"nonsense\r\n\r\n") as connection:
+        assert_is_error(rest_of(connection), 400, "malformed_http")
+        # nobody reads any more
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_without_end(connection)
 
 
 def test_a_client_that_never_reads_is_let_go(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,20 @@ def test_the_environment_names_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert load_settings({}).port == 4321
 
 
+@pytest.mark.parametrize(
+    ("given", "num_bytes"), [("1000", 1000), (1000, 1000), ("512MiB", 2**29), ("1.5GiB", 3 * 2**29), ("4 KiB", 4096)]
+)
+def test_the_caches_memory_may_have_a_unit(given: str | int, num_bytes: int) -> None:
+    settings = load_settings({"kv_cache_memory": given})
+    assert settings.engine_config(Path("m")).kv_cache_bytes == num_bytes
+
+
+@pytest.mark.parametrize("given", ["1GB", "GiB", "-1", "many", "1e9", "0.0001KiB"])
+def test_a_memory_that_is_no_size_is_refused(given: str) -> None:
+    with pytest.raises(SettingsError, match="kv-cache-memory"):
+        load_settings({"kv_cache_memory": given})
+
+
 def test_lists_come_as_lists_and_with_separators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWQ_SERVE_API_KEYS", "one,two")
     monkeypatch.setenv("AWQ_SERVE_MODEL_ROOTS", "/a:/b")

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from server.api.errors import describe
-from server.api.logprobs import ChatLogprobs
 from server.api.sampling_fields import MAX_LOGPROBS, SamplingFields
 from server.api.usage import Usage
 
@@ -93,7 +93,7 @@ class ReplyMessage(TypedDict):
 class ChatChoice(TypedDict):
     index: int
     message: ReplyMessage
-    logprobs: ChatLogprobs | None
+    logprobs: orjson.Fragment | None
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -105,7 +105,7 @@ class MessageDelta(TypedDict):
 class ChunkChoice(TypedDict):
     index: int
     delta: MessageDelta
-    logprobs: ChatLogprobs | None
+    logprobs: orjson.Fragment | None
     finish_reason: Literal["stop", "length"] | None
 
 

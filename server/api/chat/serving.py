@@ -6,10 +6,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+import orjson
+
 from server.api.chat.schema import ChatBody, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, MessageDelta
 from server.api.choice_text import Choice, ChoiceDelta
 from server.api.generation import stream_choices
-from server.api.logprobs import ChatLogprobs, chat_logprobs, num_entries
+from server.api.logprobs import as_json, chat_logprobs, num_entries
 from server.api.prompt import FieldNames, choose_max_tokens, compute, encode_prompt
 from server.api.sampling_fields import (
     INT64,
@@ -132,14 +134,14 @@ async def _choice(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -
     }
 
 
-async def _logprobs(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatLogprobs | None:
+async def _logprobs(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> orjson.Fragment | None:
     if not job.body.logprobs:
         return None
     pieces = [piece for delta in deltas for piece in delta.pieces]
-    return await compute(num_entries(pieces), lambda: chat_logprobs(services.tokenizer, pieces))
+    return await compute(num_entries(pieces), lambda: as_json(chat_logprobs(services.tokenizer, pieces)))
 
 
-def _chunk_choice(index: int, delta: MessageDelta, logprobs: ChatLogprobs | None = None) -> ChunkChoice:
+def _chunk_choice(index: int, delta: MessageDelta, logprobs: orjson.Fragment | None = None) -> ChunkChoice:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
+import orjson
 from pydantic import Field, PlainValidator, model_validator
 
 from server.api.errors import describe
-from server.api.logprobs import CompletionLogprobs
 from server.api.sampling_fields import MAX_LOGPROBS, SamplingFields
 from server.api.usage import Usage
 
@@ -65,7 +65,7 @@ class CompletionBody(SamplingFields):
 class CompletionChoice(TypedDict):
     index: int
     text: str
-    logprobs: CompletionLogprobs | None
+    logprobs: orjson.Fragment | None
     finish_reason: Literal["stop", "length"] | None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from server.api.choice_text import Choice, ChoiceDelta, EchoedPrompt, echoed_prompt
 from server.api.completions.schema import Completion, CompletionBody, CompletionChoice, Prompt
 from server.api.generation import stream_choices
-from server.api.logprobs import completion_logprobs, num_entries
+from server.api.logprobs import as_json, completion_logprobs, num_entries
 from server.api.prompt import choose_max_tokens, compute, encode_prompt
 from server.api.sampling_fields import (
     INT64,
@@ -142,7 +142,7 @@ async def _choice(job: CompletionJob, services: Services, delta: ChoiceDelta) ->
     logprobs = None
     if job.body.logprobs is not None:
         logprobs = await compute(
-            num_entries(delta.pieces), lambda: completion_logprobs(services.tokenizer, delta.pieces)
+            num_entries(delta.pieces), lambda: as_json(completion_logprobs(services.tokenizer, delta.pieces))
         )
     return {
         "index": delta.index,

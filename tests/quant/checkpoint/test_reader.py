@@ -69,6 +69,28 @@ def test_tensors_are_described_without_being_read(checkpoint: Path) -> None:
     assert reader.packed_spec(QUANTIZED) == PackedSpec(16, 64, 4, 32, torch.float16)
 
 
+def test_what_was_read_holds_no_file(checkpoint: Path) -> None:
+    # given tensors of each kind that are in use
+    reader = CheckpointReader.open(checkpoint)
+    held = [reader.read_tensor(name) for name in reader.tensor_names], reader.read_packed(QUANTIZED)
+
+    # then no page of a file counts as this process's memory, and none is open
+    assert str(checkpoint) not in Path("/proc/self/maps").read_text()
+    assert not [file for file in Path("/proc/self/fd").iterdir() if checkpoint in file.resolve().parents]
+    assert len(held[0]) == len(reader.tensor_names)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(3.5), torch.zeros(0, 4, dtype=torch.int32), torch.tensor([True])])
+def test_a_tensor_of_any_shape_is_read(tensor: torch.Tensor, tmp_path: Path) -> None:
+    save_file({"odd": tensor}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    read = CheckpointReader.open(tmp_path).read_tensor("odd")
+
+    assert read.dtype == tensor.dtype
+    assert torch.equal(read, tensor)
+
+
 def test_a_plain_tensor_comes_as_it_is_stored(checkpoint: Path) -> None:
     assert torch.equal(CheckpointReader.open(checkpoint).read_tensor(f"{PLAIN}.weight"), torch.arange(64).bfloat16())
 
@@ -226,7 +248,21 @@ def empty_index(directory: Path) -> None:
 
 
 def leave_out_qzeros(directory: Path) -> None:
+    kept = [f"{QUANTIZED}.{suffix}" for suffix in ("qweight", "scales")]
+    reader = CheckpointReader.open(directory)
+    save_file({name: reader.read_tensor(name) for name in kept}, directory / "a.safetensors")
+    write_index(directory, dict.fromkeys(kept, "a.safetensors"))
+
+
+def forget_a_tensor(directory: Path) -> None:
     write_index(directory, {f"{QUANTIZED}.qweight": "a.safetensors", f"{QUANTIZED}.scales": "a.safetensors"})
+
+
+def store_a_tensor_twice(directory: Path) -> None:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    save_file({f"{PLAIN}.weight": torch.ones(64)}, directory / "c.safetensors")
+    write_index(directory, {**index, f"{PLAIN}.weight": "c.safetensors", f"{PLAIN}.bias": "b.safetensors"})
+    save_file({f"{PLAIN}.{kind}": torch.ones(64) for kind in ("weight", "bias")}, directory / "b.safetensors")
 
 
 def leave_only_pickles(directory: Path) -> None:
@@ -252,6 +288,8 @@ BROKEN_DIRECTORIES: list[tuple[Callable[[Path], None], str]] = [
     (point_outside, r"'\.\./b\.safetensors', which is no \.safetensors file beside it"),
     (empty_index, "has no weight_map"),
     (leave_out_qzeros, r"down_proj\.qzeros is missing: the module has qweight, scales"),
+    (forget_a_tensor, r"a\.safetensors holds .*down_proj\.bias and 1 more, which model.*json does not place there"),
+    (store_a_tensor_twice, r"b\.safetensors holds model\.norm\.weight, which model.*json does not place there"),
     (leave_only_pickles, r"only pickle files \(awq\.pt, pytorch_model\.bin\)"),
     (leave_no_tensors, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
 ]

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 from structlog.testing import capture_logs
 
 from server.engine.request import GenerationRequest
+from server.text.tokenizer import Tokenizer
 from tests.server.api.conftest import wait_until
 from tests.server.api.fake_engine import FakeEngineClient
 
@@ -72,6 +74,42 @@ def test_an_engine_that_is_not_ready_is_503_with_a_time_to_retry(
     assert int(response.headers["retry-after"]) >= 1
     assert "layer 3 of 30" in response.json()["error"]["message"]
     assert state in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_that_cannot_be_read_ends_its_request_alone(
+    client: TestClient, engine: FakeEngineClient, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    # given a tokenizer that fails at one token, and one of two requests that gets it in the middle of its text
+    answer, poison = tokenizer.encode("good", add_special_tokens=False), 270
+    decode = Tokenizer.decode
+
+    def fragile(self: Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        if poison in token_ids:
+            raise OverflowError("no such token")
+        return decode(self, token_ids, skip_special_tokens=skip_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", fragile)
+    engine.script = lambda request: [*answer, poison, *answer] if request.prompt_token_ids[0] == ord("s") else answer
+    with ThreadPoolExecutor(2) as pool, capture_logs() as lines:
+        sick, sound = pool.map(
+            lambda prompt: client.post("/v1/completions", json={"prompt": [ord(prompt)], "stream": stream}), "so"
+        )
+
+    # then that one ends with an error, which the log explains, and gives its place in the engine back
+    if stream:
+        *_, error, end = sick.text.split("\n\n")[:-1]
+        assert "the server failed on this request" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        assert end == "data: [DONE]"
+        assert sound.text.count('"text":') == len(answer)
+    else:
+        assert sick.status_code == 500
+        assert sound.json()["choices"][0]["text"] == "good"
+    assert "error" not in sound.text
+    (logged,) = (line for line in lines if line["log_level"] == "error")
+    assert "no such token" in logged["traceback"]
+    assert engine.open == set()
+    assert len(engine.aborted) == 1
 
 
 def test_a_generation_that_fails_is_500_with_the_reason(client: TestClient, engine: FakeEngineClient) -> None:

@@ -1,6 +1,7 @@
 """Bodies are bounded before they are read into memory, and their nesting before they are parsed."""
 
 import json
+import socket
 from collections.abc import Iterator
 
 import orjson
@@ -9,6 +10,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.api import limits
 from server.api.limits import MAX_JSON_DEPTH, MAX_JSON_STRUCTURE, check_json_shape
 from server.errors import InvalidRequest
 from tests.server.api.conftest import AppFactory, local_client
@@ -44,6 +46,36 @@ def test_a_body_without_a_length_is_413_as_soon_as_it_is_too_large(small: TestCl
     assert response.status_code == 413
     assert response.headers["connection"] == "close"
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def send_without_end(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b" " * 65536)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 33554432", "Transfer-Encoding: chunked"])
+def test_a_client_that_sends_all_before_it_reads_gets_the_answer(live_url: str, framing: str) -> None:
+    # given four times what is taken, from a client that looks up from it only at its end
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n" if "chunked" in framing else b" " * 65536
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(live_url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(head.encode())
+        for _ in range(512):
+            connection.sendall(chunk)
+        connection.sendall(b"0\r\n\r\n" if "chunked" in framing else b"")
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer.lower()
+    assert b"8388608 bytes" in answer
+
+
+def test_a_client_that_sends_on_for_ever_is_cut(live_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LINGER_SECONDS", 0.05)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(live_url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(head)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_without_end(connection)
 
 
 def test_the_largest_body_is_taken(small: TestClient) -> None:

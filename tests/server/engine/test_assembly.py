@@ -39,7 +39,7 @@ def test_a_budget_below_one_token_a_sequence_is_refused_on_a_cpu_too() -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"kv_cache_bytes": 1000}, "kv_cache_bytes, which is 1000"),
+        ({"kv_cache_bytes": 1000}, "kv_cache_memory, which is 1000"),
         ({"max_model_len": 100_000}, "max_model_len is 100000"),
         ({"num_threads": 100_000}, f"num_threads is 100000, but there are {os.cpu_count()} CPUs"),
     ],

@@ -36,13 +36,15 @@ def test_unasked_a_cpu_gives_at_most_a_quarter_of_its_free_memory(monkeypatch: p
 
 def test_a_context_that_does_not_fit_is_refused_with_the_number_to_change() -> None:
     config = replace(CONFIG, max_model_len=512, kv_cache_bytes=256 * BYTES_PER_TOKEN)
-    with pytest.raises(EngineSetupError, match=r"holds 256 tokens, fewer than max_model_len 512: raise kv_cache_bytes"):
+    with pytest.raises(
+        EngineSetupError, match=r"holds 256 tokens, fewer than max_model_len 512: raise kv_cache_memory"
+    ):
         choose_size(config, GEOMETRY, CPU)
 
 
 def test_a_cache_without_room_for_one_block_is_refused() -> None:
     # and nothing is said of a max_model_len that nobody set
-    words = rf"than a block of 8: raise kv_cache_bytes, which is 100 \(at least {8 * BYTES_PER_TOKEN} .*block_size"
+    words = rf"than a block of 8: raise kv_cache_memory, which is 100 \(at least {8 * BYTES_PER_TOKEN} .*block_size"
     with pytest.raises(EngineSetupError, match=words):
         choose_size(replace(CONFIG, kv_cache_bytes=100), GEOMETRY, CPU)
 

@@ -145,6 +145,27 @@ def test_a_quantized_model_gives_each_request_what_it_gives_alone(tmp_path: Path
         assert scores(together, one.request_id) == pytest.approx(scores(alone, one.request_id), abs=1e-5)
 
 
+def test_a_deterministic_engine_gives_an_unquantized_model_the_very_bits(tiny_model: Path) -> None:
+    # given sampled and greedy requests, prompts that are cut and some that begin alike
+    told = replace(config(tiny_model), deterministic=True)
+    params = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=3, logprobs=3)
+    beginning = prompt(90)
+    requests = [
+        *(request(f"r{length}", length, params) for length in (1, 70, 5, 130)),
+        GenerationRequest("first", (*beginning, 1, 2), replace(params, temperature=0.0)),
+        GenerationRequest("second", (*beginning, 3), replace(params, prompt_logprobs=2)),
+    ]
+    together = Engine(told)
+    together.run(*requests)
+
+    for one in requests:
+        alone = Engine(told)
+        alone.run(one)
+        # but for how much was found in the cache
+        events = [replace(event, num_cached_tokens=0) for event in together.events[one.request_id]]
+        assert events == alone.events[one.request_id]
+
+
 @pytest.mark.parametrize("lens", [[1], [64], [65], [200], [1, 1, 1], [60, 5, 59, 1], [64, 64], [1, 200, 1, 63]])
 def test_sequences_run_in_groups_of_few_rows_and_long_ones_alone(lens: list[int]) -> None:
     plan = StepPlan(

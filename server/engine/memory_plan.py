@@ -1,0 +1,77 @@
+"""What weights and a step's work take of a memory, and what that leaves for the KV cache.
+
+Pure, so that no GPU is needed to know whether a model fits one.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from quant.checkpoint.reader import CheckpointReader
+from server.engine.config import EngineConfig
+from server.engine.errors import EngineSetupError
+from server.model.config import ModelConfig
+
+_GIB = 2**30
+# a step holds the logits, what is left of them after the edits, and probabilities, in float32
+_LOGIT_COPIES = 3
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes. What is not free is taken by others, or by what was loaded already."""
+
+    total: int
+    free: int
+
+
+def weight_bytes(reader: CheckpointReader, dtype: torch.dtype | None) -> int:
+    """What a checkpoint's tensors take once loaded: packed modules as stored, others in dtype, or as stored for None.
+
+    Rather less than more, as a layer without a packed kernel is dequantized.
+    """
+    packed = {name for module in reader.quantized_module_names for name in reader.packed_tensor_names(module)}
+    return sum(
+        reader.num_bytes(name) if dtype is None or name in packed else math.prod(reader.shape(name)) * dtype.itemsize
+        for name in reader.tensor_names
+    )
+
+
+def workspace_bytes(model: ModelConfig, dtype: torch.dtype, *, max_num_tokens: int, max_num_seqs: int) -> int:
+    """The most that a step computes in: one layer's activations for its tokens, and the logits of its sequences."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    # the stream, its sum and its norm; the heads and what they attended to; gate, up and their product
+    width = 3 * model.hidden_size + heads + model.num_heads * model.head_dim + 3 * model.intermediate_size
+    activations = max_num_tokens * width * dtype.itemsize
+    return activations + _LOGIT_COPIES * max_num_seqs * model.vocab_size * torch.float32.itemsize
+
+
+def cache_budget(memory: DeviceMemory, utilization: float, workspace: int) -> int:
+    """Bytes for the KV cache on a GPU that holds the weights already; 0 where nothing is left."""
+    return max(_room(memory, utilization) - workspace, 0)
+
+
+def check_gpu_fits(weights: int, workspace: int, memory: DeviceMemory, config: EngineConfig) -> None:
+    """Raise EngineSetupError, with the numbers to change, when a GPU has no room for weights and work."""
+    room = _room(memory, config.gpu_memory_utilization)
+    if weights + workspace > room:
+        raise EngineSetupError(
+            f"the weights take {weights / _GIB:.1f} GiB and a step's work {workspace / _GIB:.1f} GiB, but "
+            f"gpu_memory_utilization {config.gpu_memory_utilization} leaves {max(room, 0) / _GIB:.1f} GiB: of the "
+            f"GPU's {memory.total / _GIB:.1f} GiB {memory.free / _GIB:.1f} are free. Raise gpu_memory_utilization, "
+            "lower max_num_batched_tokens or max_num_seqs, or serve a checkpoint of fewer bits"
+        )
+
+
+def check_host_fits(weights: int, available: int) -> None:
+    """Raise EngineSetupError when a CPU's memory has no room for the weights, which would end in the kernel's kill."""
+    if weights > available:
+        raise EngineSetupError(
+            f"the weights take {weights / _GIB:.1f} GiB, but {available / _GIB:.1f} GiB of memory are free: free some, "
+            "set dtype to bfloat16, or serve a checkpoint of fewer bits"
+        )
+
+
+def _room(memory: DeviceMemory, utilization: float) -> int:
+    return int(memory.total * utilization) - (memory.total - memory.free)

@@ -138,7 +138,9 @@ def save_random_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             _randomize(name, parameter)
-    model.to(dtype=dtype).save_pretrained(directory)
+    # in place; the model's own `to` is decorated in a way that loses its type
+    torch.nn.Module.to(model, dtype)
+    model.save_pretrained(directory)
 
 
 def _randomize(name: str, parameter: torch.nn.Parameter) -> None:

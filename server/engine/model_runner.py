@@ -51,7 +51,7 @@ class ModelRunner:
 
     def _compute_logits(self, sampled: Tensor) -> Tensor:
         """float32 [S, vocab] of hidden states [S, hidden], each row of another sequence."""
-        runs = sampled.split(self._max_rows_together or len(sampled))
+        runs = torch.split(sampled, self._max_rows_together or len(sampled))
         return torch.cat([self._decoder.compute_logits(rows) for rows in runs])
 
     def _score_prompt(self, hidden: Tensor, rows: PromptLogprobRows) -> tuple[TokenLogprob, ...]:

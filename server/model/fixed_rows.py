@@ -34,7 +34,7 @@ class FixedRowsLinear:
         if num_rows > self.max_rows_together:
             return self.linear(x)
         padded = torch.nn.functional.pad(x, (0, 0, 0, -num_rows % BLOCK_ROWS))
-        return torch.cat([self.linear(block) for block in padded.split(BLOCK_ROWS)])[:num_rows]
+        return torch.cat([self.linear(block) for block in torch.split(padded, BLOCK_ROWS)])[:num_rows]
 
 
 def fix_rows(decoder: Decoder, max_rows_together: int) -> Decoder:

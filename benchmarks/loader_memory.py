@@ -58,10 +58,10 @@ def measure(model: Path, weights: str, kernels: str, device: str) -> Measurement
 
 def render(measurements: Sequence[Measurement]) -> Table:
     """One row a load."""
-    table = Table()
+    table = Table(title="memory in GB", title_justify="left")
     for column in ("weights", "kernels", "device"):
         table.add_column(column)
-    for column in ("files", "kept", "beyond", "bound", "beyond / bound"):
+    for column in ("files", "kept", "beyond", "bound", "of bound"):
         table.add_column(column, justify="right")
     for row in measurements:
         sizes = (row.stored_bytes, row.kept_bytes, row.beyond_bytes, row.bound_bytes)
@@ -69,8 +69,8 @@ def render(measurements: Sequence[Measurement]) -> Table:
             row.weights,
             row.kernels,
             row.device,
-            *(f"{size / 1e9:.2f} GB" for size in sizes),
-            f"{row.beyond_bytes / row.bound_bytes:.2f}",
+            *(f"{size / 1e9:.2f}" for size in sizes),
+            f"{row.beyond_bytes / row.bound_bytes:.0%}",
         )
     return table
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quant.scale_groups import FAMILIES
+from server.model.architectures import ARCHITECTURE_OF_TYPE
 from server.settings import Settings
 from server.settings_flags import FLAGS
 
@@ -84,7 +85,14 @@ def test_help_shows_an_example(helps: dict[str, str], name: str) -> None:
     assert f"awq-serve {name} " in helps[name].split("Usage:")[1].partition("\n")[2]
 
 
+def types_in_table(text: str) -> list[str]:
+    """The model types that open the rows of a table, sorted."""
+    lines = re.findall(r"^\| (`.*)", text, flags=re.MULTILINE)
+    return sorted(name for line in lines for name in re.findall(r"`([a-z0-9_]+)`", line.partition("|")[0]))
+
+
 def test_every_family_has_its_line() -> None:
-    lines = re.findall(r"^\| (`.*)", (ROOT / "docs" / "families.md").read_text(), flags=re.MULTILINE)
-    documented = [name for line in lines for name in re.findall(r"`([a-z0-9_]+)`", line.partition("|")[0])]
-    assert sorted(documented) == sorted(FAMILIES)
+    quantized, _, served = (ROOT / "docs" / "families.md").read_text().partition("## Serving")
+    assert types_in_table(quantized) == sorted(FAMILIES)
+    # the others are told from the first one
+    assert sorted(["llama", *types_in_table(served)]) == sorted(ARCHITECTURE_OF_TYPE)

@@ -24,4 +24,4 @@ def test_what_loading_took_stands_beside_its_bound(tmp_path: Path, capsys: pytes
         # far less than the bound: a tensor and what it becomes
         assert row["beyond_bytes"] < 2 * vocabulary
     assert dense["bound_bytes"] == pytest.approx(REST_BYTES + vocabulary, rel=0.001)
-    assert "beyond / bound" in capsys.readouterr().out
+    assert "of bound" in capsys.readouterr().out

@@ -66,5 +66,5 @@ STEPS = {
         scales=True, correction=False, ranges=True, feedback=False, num_samples=16, sample_tokens=256
     ),
     Method.AWQ_GPTQ: _FITTED,
-    Method.BEST: replace(_FITTED, num_samples=128),
+    Method.BEST: replace(_FITTED, num_samples=192),
 }

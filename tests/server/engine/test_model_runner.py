@@ -162,7 +162,7 @@ def test_a_deterministic_engine_gives_an_unquantized_model_the_very_bits(tiny_mo
         alone = Engine(told)
         alone.run(one)
         # but for how much was found in the cache
-        events = [replace(event, num_cached_tokens=0) for event in together.events[one.request_id]]
+        events = [event._replace(num_cached_tokens=0) for event in together.events[one.request_id]]
         assert events == alone.events[one.request_id]
 
 

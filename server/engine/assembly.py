@@ -34,6 +34,7 @@ from server.model.config import DTYPES, ModelConfig, read_model_config
 from server.model.decoder import Decoder
 from server.model.fixed_rows import fix_rows
 from server.model.loader import LoadedModel, LoadProgress, load_model
+from server.model.moe import Moe
 
 _GPU_STEP_TOKENS = 2048
 # a running request waits for it once a step. The demo model on two cores that others use too: 256 tokens take 2 s,
@@ -123,11 +124,23 @@ def wire_engine(
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
     max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
+    if config.deterministic and isinstance(model.decoder, Decoder) and _mixes_by_floats(model.decoder, device):
+        # each sequence alone: how many rows an expert gets follows from who runs beside it
+        max_rows_together = 1
     decoder = model.decoder
     if config.deterministic and max_rows_together is not None and isinstance(decoder, Decoder):
         decoder = fix_rows(decoder, max_rows_together)
     runner = ModelRunner(decoder, allocate_layers(size, geometry, device), max_rows_together)
     return EngineLoop(scheduler, runner, info, publish), info
+
+
+def _mixes_by_floats(decoder: Decoder, device: torch.device) -> bool:
+    """Whether a mixture of experts has products of floats, which sum otherwise for another number of rows.
+
+    On a GPU its router is one.
+    """
+    mixtures = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Moe)]
+    return any(device.type == "cuda" or isinstance(mixture.gate_up, torch.Tensor) for mixture in mixtures)
 
 
 def _set_threads(num_threads: int | None) -> None:

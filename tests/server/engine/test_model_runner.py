@@ -166,6 +166,20 @@ def test_a_deterministic_engine_gives_an_unquantized_model_the_very_bits(tiny_mo
         assert events == alone.events[one.request_id]
 
 
+def test_a_deterministic_mixture_of_float_experts_gives_each_request_the_bits_that_it_gets_alone(
+    tmp_path: Path,
+) -> None:
+    deterministic = replace(config(save_tiny_model("mixtral", tmp_path)), deterministic=True)
+    requests = [request(f"r{length}", length, replace(GREEDY, logprobs=2)) for length in (1, 40, 5)]
+    together = Engine(deterministic)
+    together.run(*requests)
+    for one in requests:
+        alone = Engine(deterministic)
+        alone.run(one)
+        scores = [event.logprobs for event in alone.events[one.request_id]]
+        assert [event.logprobs for event in together.events[one.request_id]] == scores
+
+
 @pytest.mark.parametrize("lens", [[1], [64], [65], [200], [1, 1, 1], [60, 5, 59, 1], [64, 64], [1, 200, 1, 63]])
 def test_sequences_run_in_groups_of_few_rows_and_long_ones_alone(lens: list[int]) -> None:
     plan = StepPlan(

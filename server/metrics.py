@@ -92,6 +92,9 @@ class _EngineCollector(Collector):
         yield _counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield _counter("num_preemptions", "Choices put back to wait for room in the KV cache.", stats.num_preemptions)
         yield _counter("engine_steps", "Steps of the engine.", stats.num_steps)
+        yield _counter("spec_decode_num_drafts", "Drafts verified.", stats.num_drafts)
+        yield _counter("spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
+        yield _counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", stats.accepted_tokens)
         yield _counter("out_of_memory_steps", "Steps that the device had no memory for.", stats.num_out_of_memory)
 
 

@@ -109,6 +109,11 @@ class Settings(BaseSettings):
         bool, Field(description="a request's tokens are bit for bit those it gets alone; slower where much is shared")
     ] = False
 
+    num_speculative_tokens: Annotated[
+        int,
+        Field(ge=0, le=64, description="tokens guessed from what was said before and verified at once; 0 for none"),
+    ] = 0
+
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * MEBIBYTE
     max_prompts: Annotated[int, Field(ge=1, description="prompts in one request")] = 128
     max_stop_strings: Annotated[int, Field(ge=1, description="stop strings in one request")] = 16
@@ -204,6 +209,7 @@ class Settings(BaseSettings):
             generation_config=self.generation_config,
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
+            num_speculative_tokens=self.num_speculative_tokens,
         )
 
 

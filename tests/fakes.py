@@ -11,11 +11,20 @@ from server.engine.step_plan import SampledToken, SamplingRow, StepPlan, StepRes
 
 FAKE_VOCAB_SIZE = 1000
 UNWRITTEN = -1
+REPEATED_LENGTH = 5
 
 
 def next_token(text: bytes, checksum: int = 0) -> int:
     """The token that follows int64 token ids: every one before it counts, and where it stands."""
     return zlib.crc32(text, checksum) % FAKE_VOCAB_SIZE
+
+
+def next_repeated_token(text: bytes) -> int:
+    """As next_token, of a model that mostly says again what it said some tokens before, but can always stop to."""
+    checksum = zlib.crc32(text)
+    token_ids = np.frombuffer(text, dtype=np.int64)
+    is_repeated = checksum % 8 > 0 and len(token_ids) >= REPEATED_LENGTH
+    return int(token_ids[-REPEATED_LENGTH]) if is_repeated else checksum // 8 % FAKE_VOCAB_SIZE
 
 
 def expected_output(request: GenerationRequest) -> tuple[int, ...]:
@@ -28,6 +37,18 @@ def expected_output(request: GenerationRequest) -> tuple[int, ...]:
         if output[-1] in params.stop_token_ids and len(output) > params.min_tokens:
             break
         checksum = zlib.crc32(output[-1].to_bytes(8, "little"), checksum)
+    return tuple(output)
+
+
+def expected_repeating_output(request: GenerationRequest) -> tuple[int, ...]:
+    """What the model of a RepeatingRunner answers to a request that runs alone, token by token."""
+    params = request.sampling
+    known = list(request.prompt_token_ids)
+    output: list[int] = []
+    while len(output) < params.max_tokens:
+        output.append(next_repeated_token(np.array(known + output, dtype=np.int64).tobytes()))
+        if output[-1] in params.stop_token_ids and len(output) > params.min_tokens:
+            break
     return tuple(output)
 
 
@@ -49,6 +70,9 @@ class FakeRunner:
 
     A block that two sequences share, or a token that was never computed, changes what is read, and so the answer.
     """
+
+    # the token that follows int64 token ids, as bytes
+    predict = staticmethod(next_token)
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._tokens = np.full(num_blocks * block_size, UNWRITTEN, dtype=np.int64)
@@ -87,7 +111,13 @@ class FakeRunner:
         assert read == row.token_ids.tobytes(), f"{row.request_id} does not read what it wrote"
         if row.request_id in self.failing_request_ids:
             return SampledToken(0, error="the model gave no finite logits")
-        return SampledToken(next_token(read))
+        return SampledToken(self.predict(read))
+
+
+class RepeatingRunner(FakeRunner):
+    """A model whose output can mostly be guessed."""
+
+    predict = staticmethod(next_repeated_token)
 
 
 class RecordingRunner(FakeRunner):

@@ -14,6 +14,7 @@ from quant.errors import QuantError
 from server.engine import host_memory
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
+from server.engine.draft_length import Speculation
 from server.engine.errors import EngineSetupError
 from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
 from server.engine.kv_cache import (
@@ -42,6 +43,12 @@ _GPU_STEP_TOKENS = 2048
 _CPU_PREFILL_CHUNK = 256
 # the native kernels take 512 tokens in 0.2 s there, and a prompt of so many takes a fifteenth less in one go
 _NATIVE_PREFILL_CHUNK = 512
+
+# what the row of one more token adds to a step of one, as a part of it: python -m benchmarks.speculation prints it
+_NATIVE_ROW_COST = 0.15
+_CPU_ROW_COST = 0.35
+# not measured: what a row of activations adds to reading the weights, and room for attention over the context
+_GPU_ROW_COST = 0.02
 
 # what assemble_engine raises when settings, machine or checkpoint are at fault: a sentence, not a defect of ours
 SETUP_ERRORS = (EngineSetupError, QuantError, ValueError, OSError)
@@ -72,7 +79,12 @@ def choose_limits(config: EngineConfig, device: torch.device, cpu_chunk: int = _
         max(chunk, 1) if is_cpu or config.deterministic else None,
         prefix_caching=config.prefix_caching,
         deterministic=config.deterministic,
+        speculation=_choose_speculation(config, _CPU_ROW_COST if is_cpu else _GPU_ROW_COST),
     )
+
+
+def _choose_speculation(config: EngineConfig, row_cost: float) -> Speculation | None:
+    return Speculation(config.num_speculative_tokens, row_cost) if config.num_speculative_tokens else None
 
 
 def assemble_engine(
@@ -120,7 +132,9 @@ def wire_engine(
     )
     if kernels.native is not None:
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
-        limits = replace(choose_limits(config, device, _NATIVE_PREFILL_CHUNK), deterministic=False)
+        limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
+        speculation = _choose_speculation(config, _NATIVE_ROW_COST)
+        limits = replace(limits, deterministic=False, speculation=speculation)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
     max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
@@ -165,10 +179,19 @@ def _check_and_choose_kernels(
     _check_cache_size(config, model, expected_dtype, device, is_native=may_be_native)
     kernels = choose_kernels(config, device, Path(config.model_path))
     _check_cache_size(config, model, expected_dtype, device, is_native=kernels.native is not None)
+    _check_speculation(config, is_native=kernels.native is not None)
     if kernels.native is not None:
         # what is left to torch is small, and threads of its own would fight for the cores: 4 ms for a maximum
         torch.set_num_threads(1)
     return kernels
+
+
+def _check_speculation(config: EngineConfig, *, is_native: bool) -> None:
+    if config.deterministic and config.num_speculative_tokens and not is_native:
+        raise EngineSetupError(
+            f"deterministic is set and num_speculative_tokens is {config.num_speculative_tokens}, but only the native "
+            "CPU kernels compute a token among guesses as they compute it alone: leave one of the two out"
+        )
 
 
 def _check_memory(
@@ -188,7 +211,9 @@ def _check_memory(
 
 
 def _workspace(model: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits) -> int:
-    return workspace_bytes(model, dtype, max_num_tokens=limits.max_num_batched_tokens, max_num_seqs=limits.max_num_seqs)
+    return workspace_bytes(
+        model, dtype, max_num_tokens=limits.max_num_batched_tokens, max_num_drawn=limits.max_num_drawn
+    )
 
 
 def _check_cache_size(

@@ -25,6 +25,7 @@ class EngineConfig:
     cpu_kernel auto: the native kernels where there is a compiler for them and they can compute the model, else torch's.
     prefix_caching: prompts that begin alike are computed once. deterministic: a request's tokens are bit for bit those
     that it gets alone, whatever is cached, preempted or computed beside it.
+    num_speculative_tokens: guesses at what comes next that a step verifies for a sequence, at most; 0 for none.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
@@ -44,3 +45,4 @@ class EngineConfig:
     generation_config: GenerationConfig = "auto"
     prefix_caching: bool = True
     deterministic: bool = False
+    num_speculative_tokens: int = 0

@@ -38,13 +38,13 @@ def weight_bytes(reader: CheckpointReader, dtype: torch.dtype | None) -> int:
     )
 
 
-def workspace_bytes(model: ModelConfig, dtype: torch.dtype, *, max_num_tokens: int, max_num_seqs: int) -> int:
-    """The most that a step computes in: one layer's activations for its tokens, and the logits of its sequences."""
+def workspace_bytes(model: ModelConfig, dtype: torch.dtype, *, max_num_tokens: int, max_num_drawn: int) -> int:
+    """The most that a step computes in: one layer's activations for its tokens, and the logits of those it draws."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     # the stream, its sum and its norm; the heads and what they attended to; gate, up and their product
     width = 3 * model.hidden_size + heads + model.num_heads * model.head_dim + 3 * model.intermediate_size
     activations = max_num_tokens * width * dtype.itemsize
-    return activations + _LOGIT_COPIES * max_num_seqs * model.vocab_size * torch.float32.itemsize
+    return activations + _LOGIT_COPIES * max_num_drawn * model.vocab_size * torch.float32.itemsize
 
 
 def cache_budget(memory: DeviceMemory, utilization: float, workspace: int) -> int:

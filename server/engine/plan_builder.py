@@ -11,7 +11,10 @@ from server.engine.step_plan import PromptLogprobRows, SamplingRow, StepPlan, To
 
 
 def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started: tuple[str, ...]) -> StepPlan:
-    """The step that computes the next num_tokens[sequence] tokens of each sequence, in the mapping's order."""
+    """The step that computes the next num_tokens[sequence] tokens of each sequence, in the mapping's order.
+
+    Guesses of a sequence are among them, and a token is drawn after each: as if those before it were the output.
+    """
     sequences = list(num_tokens)
     counts = np.fromiter(num_tokens.values(), dtype=np.int32, count=len(sequences))
     computed = np.array([sequence.num_computed for sequence in sequences], dtype=np.int32)
@@ -26,20 +29,7 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
         query_starts=query_starts,
         context_lens=context_lens,
         block_tables=tables.gather([sequence.table_row for sequence in sequences], int(context_lens.max())),
-        sampling_rows=tuple(
-            [
-                SamplingRow(
-                    sequence.request_id,
-                    stop - 1,
-                    sequence.request.sampling,
-                    sequence.text,
-                    sequence.num_known,
-                    sequence.num_prompt,
-                )
-                for (sequence, count), stop in zip(num_tokens.items(), starts[1:], strict=True)
-                if sequence.num_computed + count == sequence.num_known
-            ]
-        ),
+        sampling_rows=_sampling_rows(num_tokens, starts),
         prompt_logprob_rows=tuple(
             rows
             for sequence, start in zip(sequences, starts, strict=False)
@@ -47,6 +37,29 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
         ),
         started=started,
     )
+
+
+def _sampling_rows(num_tokens: Mapping[Sequence, int], starts: list[int]) -> tuple[SamplingRow, ...]:
+    """For each sequence whose known tokens are all computed then, what comes next, and what after each guess."""
+    rows: list[SamplingRow] = []
+    for (sequence, count), stop in zip(num_tokens.items(), starts[1:], strict=True):
+        if sequence.num_computed + count >= sequence.num_known:
+            num_drafted = sequence.num_drafted
+            row = SamplingRow(
+                sequence.request_id,
+                stop - 1 - num_drafted,
+                sequence.request.sampling,
+                sequence.text,
+                sequence.num_known,
+                sequence.num_prompt,
+            )
+            rows.append(row)
+            if num_drafted:
+                rows.extend(
+                    row._replace(token_index=row.token_index + offset, position=row.position + offset)
+                    for offset in range(1, num_drafted + 1)
+                )
+    return tuple(rows)
 
 
 def _token_ids(sequences: list[Sequence], counts: NDArray[np.int32], starts: list[int]) -> TokenIds:
@@ -64,7 +77,7 @@ def _token_ids(sequences: list[Sequence], counts: NDArray[np.int32], starts: lis
         )
     return np.concatenate(
         [
-            sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
+            sequence.text[sequence.num_computed : sequence.num_computed + count]
             for sequence, count in zip(sequences, counts.tolist(), strict=True)
         ]
     )

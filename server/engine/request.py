@@ -119,7 +119,8 @@ class EngineStats:
     """A snapshot for the metrics. Blocks count KV cache blocks, free ones with and without cached content.
 
     cached_prompt_tokens: those of prompt_tokens that were found in the cache. num_out_of_memory: steps that the device
-    had no memory for.
+    had no memory for. num_drafts: guesses at several tokens that steps verified, draft_tokens: tokens in them,
+    accepted_tokens: those of draft_tokens that became output.
     """
 
     num_running: int
@@ -132,6 +133,9 @@ class EngineStats:
     num_steps: int
     cached_prompt_tokens: int = 0
     num_out_of_memory: int = 0
+    num_drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

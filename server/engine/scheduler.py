@@ -7,15 +7,18 @@ catch up with the first. Chunked prefill, decode and recomputation after a preem
 import math
 from bisect import insort
 from dataclasses import dataclass
+from itertools import islice
 
 from server.engine.block_pool import BlockPool
 from server.engine.block_tables import BlockTables
+from server.engine.draft_length import Speculation
 from server.engine.errors import EngineSetupError
 from server.engine.plan_builder import build_plan
 from server.engine.request import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.step_budget import StepBudget
 from server.engine.step_plan import SampledToken, StepPlan, StepResult
+from server.engine.token_events import event_of_end, join_events, timeout_event
 from server.engine.waiting_queue import WaitingQueue
 
 # a sequence preempted this often is spared until all that run are: no request is recomputed for ever
@@ -33,6 +36,7 @@ class SchedulerLimits:
     prefix_caching: a prompt that begins as an earlier one did, and has its salt, starts where that one's blocks end.
     deterministic: nothing is read that was not computed as the request alone would have computed it. Of a prompt,
     whole chunks are shared and nothing else; output is recomputed token by token. Takes a prefill_chunk.
+    speculation: None for none.
     """
 
     max_num_seqs: int
@@ -40,6 +44,7 @@ class SchedulerLimits:
     prefill_chunk: int | None = None
     prefix_caching: bool = True
     deterministic: bool = False
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -51,6 +56,12 @@ class SchedulerLimits:
             # so the first sequence that waits for its chunk gets it in every step, whoever decodes beside it
             assert 1 <= self.prefill_chunk <= self.max_num_batched_tokens - self.max_num_seqs + 1
         assert self.prefill_chunk is not None or not self.deterministic
+
+    @property
+    def max_num_drawn(self) -> int:
+        """The most tokens that a step draws: one a sequence, and one after each guess."""
+        num_guesses = self.speculation.num_tokens if self.speculation is not None else 0
+        return min(self.max_num_batched_tokens, self.max_num_seqs * (1 + num_guesses))
 
 
 class Scheduler:
@@ -75,6 +86,9 @@ class Scheduler:
         self._cached_prompt_tokens = 0
         self._generation_tokens = 0
         self._num_steps = 0
+        self._num_drafts = 0
+        self._draft_tokens = 0
+        self._accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -92,6 +106,9 @@ class Scheduler:
             num_steps=self._num_steps,
             cached_prompt_tokens=self._cached_prompt_tokens,
             num_out_of_memory=self._num_out_of_memory,
+            num_drafts=self._num_drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -126,7 +143,7 @@ class Scheduler:
         for sequence in late:
             self._finish(sequence)
         self._next_deadline = min((sequence.deadline for sequence in self._sequences.values()), default=math.inf)
-        return [_timeout(sequence) for sequence in late]
+        return [timeout_event(sequence) for sequence in late]
 
     def plan_step(self) -> StepPlan | None:
         """Spend the token budget: first on the running sequences in order, then on waiting ones. None without work."""
@@ -159,6 +176,8 @@ class Scheduler:
         if not num_tokens:
             assert not self._sequences, "requests wait, yet none fits the empty cache"
             return None
+        if self._limits.speculation is not None and not self._budget.is_reduced:
+            self._add_drafts(self._limits.speculation, num_tokens, budget)
         self._num_steps += 1
         self._waiting.charge(num_tokens)
         return self._freeze(num_tokens)
@@ -171,10 +190,16 @@ class Scheduler:
             self._sequences[request_id].num_computed += num_tokens
         for scored, logprobs in zip(plan.prompt_logprob_rows, result.prompt_logprobs, strict=True):
             self._sequences[scored.request_id].prompt_logprobs.extend(logprobs)
-        return [
-            self._take_token(self._sequences[row.request_id], token)
-            for row, token in zip(plan.sampling_rows, result.tokens, strict=True)
-        ]
+        drawn = zip(plan.sampling_rows, result.tokens, strict=True)
+        events = []
+        for row, token in drawn:
+            sequence = self._sequences[row.request_id]
+            if sequence.num_drafted:
+                tokens = [token, *(following for _, following in islice(drawn, sequence.num_drafted))]
+                events.append(self._take_verified(sequence, tokens))
+            else:
+                events.append(self._take_token(sequence, token))
+        return events
 
     def take_back(self, plan: StepPlan) -> list[TokenEvent]:
         """Undo the step planned last, which the device had no memory for: nothing of it was computed.
@@ -183,7 +208,9 @@ class Scheduler:
         """
         self._num_out_of_memory += 1
         sequences = [self._sequences[request_id] for request_id in plan.request_ids]
+        num_drafted = sum(sequence.num_drafted for sequence in sequences)
         for sequence in sequences:
+            sequence.num_drafted = 0
             # others might find there what is not there
             self._pool.forget(sequence.blocks[sequence.num_computed // self._pool.block_size :])
             sequence.num_shareable = min(sequence.num_shareable, sequence.num_computed)
@@ -191,16 +218,16 @@ class Scheduler:
             # it may have counted on blocks that another of this step was to compute
             self._stop_running(sequence)
             self._waiting.put_back(sequence)
-        if self._budget.shrink(len(plan.token_ids), len(sequences)):
+        if self._budget.shrink(len(plan.token_ids), len(sequences), num_drafted):
             return []
         self._finish(sequences[0])
-        return [_event_of_end(sequences[0], FinishReason.ERROR, _OUT_OF_MEMORY)]
+        return [event_of_end(sequences[0], FinishReason.ERROR, _OUT_OF_MEMORY)]
 
     def _take_token(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         if token.error is not None:
             self._pool.forget(sequence.blocks)
             self._finish(sequence)
-            return _event_of_end(sequence, FinishReason.ERROR, token.error)
+            return event_of_end(sequence, FinishReason.ERROR, token.error)
         sequence.append_token(token.token_id)
         self._generation_tokens += 1
         params = sequence.request.sampling
@@ -225,6 +252,33 @@ class Scheduler:
         return TokenEvent(
             sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason, None, num_cached
         )
+
+    def _take_verified(self, sequence: Sequence, tokens: list[SampledToken]) -> TokenEvent:
+        """The first token and, of those drawn after guesses, each whose guess came true, up to the request's end."""
+        self._num_drafts += 1
+        self._draft_tokens += sequence.num_drafted
+        num_accepted = sequence.settle_draft(tokens)
+        # nobody was offered yet what only guesses filled
+        self._offer(sequence, 0)
+        events = [self._take_token(sequence, tokens[0])]
+        for token in tokens[1 : num_accepted + 1]:
+            if events[-1].finish_reason is not None:
+                break
+            events.append(self._take_token(sequence, token))
+        self._accepted_tokens += len(events) - 1
+        return join_events(events)
+
+    def _add_drafts(self, speculation: Speculation, num_tokens: dict[Sequence, int], budget: int) -> None:
+        """Spend what nobody else needs of a step, budget and blocks, on guesses at what comes after known tokens."""
+        row_cost = speculation.relative_cost(len(num_tokens), sum(num_tokens.values()))
+        for sequence in num_tokens:
+            if sequence.num_known - sequence.num_computed > 1:
+                continue
+            sequence.put_draft(min(speculation.num_tokens, budget), row_cost)
+            if not self._allocate_missing(sequence):
+                sequence.num_drafted = sequence.num_places - sequence.num_known
+            num_tokens[sequence] += sequence.num_drafted
+            budget -= sequence.num_drafted
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
@@ -343,13 +397,3 @@ class Scheduler:
 
 def _priority(sequence: Sequence) -> int:
     return sequence.priority
-
-
-def _event_of_end(sequence: Sequence, reason: FinishReason, error: str) -> TokenEvent:
-    return TokenEvent(sequence.request_id, (), finish_reason=reason, error=error)
-
-
-def _timeout(sequence: Sequence) -> TokenEvent:
-    max_tokens = sequence.request.sampling.max_tokens
-    words = f"the time for this request was over after {sequence.num_output} of up to {max_tokens} tokens"
-    return _event_of_end(sequence, FinishReason.TIMEOUT, words)

@@ -7,8 +7,10 @@ from enum import Enum
 import numpy as np
 
 from server.engine.block_tables import BlockTables
+from server.engine.draft_length import DraftLength
+from server.engine.ngram_drafter import NgramDrafter
 from server.engine.request import GenerationRequest, TokenLogprob
-from server.engine.step_plan import TokenIds
+from server.engine.step_plan import SampledToken, TokenIds
 
 
 class SequenceState(Enum):
@@ -49,6 +51,10 @@ class Sequence:
         self._block_size = block_size
         self.num_known = self.num_prompt = len(request.prompt_token_ids)
         self.last_token_id = request.prompt_token_ids[-1]
+        # guesses that stand after the known tokens while a step verifies them
+        self.num_drafted = 0
+        self._drafter = NgramDrafter()
+        self._draft_length = DraftLength()
         self._token_ids = np.empty(self.num_prompt + request.sampling.max_tokens, dtype=np.int64)
         self._token_ids[: self.num_prompt] = request.prompt_token_ids
         # a read-only view of the known tokens and of what will come after them
@@ -69,8 +75,8 @@ class Sequence:
 
     @property
     def num_missing_blocks(self) -> int:
-        """Blocks still to allocate before every known token has its place."""
-        return self.num_blocks_for(self.num_known) - len(self.blocks)
+        """Blocks still to allocate before every known token and every guess has its place."""
+        return self.num_blocks_for(self.num_known + self.num_drafted) - len(self.blocks)
 
     @property
     def num_scored_prompt(self) -> int:
@@ -93,6 +99,30 @@ class Sequence:
             tokens = self._token_ids[start : start + self._block_size].tobytes()
             self._block_keys.append(hashlib.sha256(b"%d:%b%b" % (len(before), before, tokens)).digest())
         return self._block_keys[:num_blocks]
+
+    def put_draft(self, longest: int, row_cost: float) -> None:
+        """Guess what comes after the known tokens, up to longest, as far as it pays: see `DraftLength.choose`."""
+        # the step draws one token more than it verifies
+        longest = min(longest, len(self._token_ids) - self.num_known - 1)
+        length = self._draft_length.choose(longest, row_cost)
+        if length:
+            guesses = self._drafter.draft(self.token_ids, length)
+            self._token_ids[self.num_known : self.num_known + len(guesses)] = guesses
+            self.num_drafted = len(guesses)
+
+    def settle_draft(self, tokens: list[SampledToken]) -> int:
+        """How many of the first guesses came true, by the tokens drawn in their places: what is computed ends there."""
+        guesses = self.text[self.num_known : self.num_known + self.num_drafted].tolist()
+        num_accepted = 0
+        # a row that failed is drawn again by the next step, as its first
+        while num_accepted < self.num_drafted and tokens[num_accepted].token_id == guesses[num_accepted]:
+            if tokens[num_accepted + 1].error is not None:
+                break
+            num_accepted += 1
+        self._draft_length.note(self.num_drafted, num_accepted)
+        self.num_drafted = 0
+        self.num_computed = self.num_known + num_accepted
+        return num_accepted
 
     def append_token(self, token_id: int) -> None:
         self._token_ids[self.num_known] = self.last_token_id = token_id

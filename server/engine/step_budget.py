@@ -13,21 +13,28 @@ class StepBudget:
         self._full = (num_tokens, num_seqs)
         self._min_tokens = min_tokens
         self._num_good_steps = 0
+        # no step takes what it could do without while this is so
+        self.is_reduced = False
 
-    def shrink(self, num_tokens: int, num_seqs: int) -> bool:
-        """After a step of so many ran out of memory. False when none can be smaller: one sequence, and its least."""
-        if num_seqs == 1 and num_tokens <= self._min_tokens:
+    def shrink(self, num_tokens: int, num_seqs: int, num_drafted: int) -> bool:
+        """After a step of so many ran out of memory. False when none can be smaller: one sequence, and its least.
+
+        num_drafted: those of the tokens that were guesses, which are left out first.
+        """
+        if num_seqs == 1 and num_tokens <= self._min_tokens and num_drafted == 0:
             return False
+        self.is_reduced = True
         self.num_tokens = max(num_tokens // 2, self._min_tokens)
         self.num_seqs = max(num_seqs // 2, 1)
         self._num_good_steps = 0
         return True
 
     def note_success(self) -> None:
-        if (self.num_tokens, self.num_seqs) == self._full:
+        if not self.is_reduced:
             return
         self._num_good_steps += 1
         if self._num_good_steps == RECOVERY_STEPS:
             self._num_good_steps = 0
             self.num_tokens = min(2 * self.num_tokens, self._full[0])
             self.num_seqs = min(2 * self.num_seqs, self._full[1])
+            self.is_reduced = (self.num_tokens, self.num_seqs) != self._full

@@ -17,8 +17,9 @@ TokenIds = NDArray[np.int64]
 class SamplingRow(NamedTuple):
     """One token to draw: the hidden state at flat index token_index predicts it.
 
-    position: of the drawn token. text: int64, begins with the prompt and the output before that position. A tuple, as
-    every step has one for each sequence: a frozen dataclass takes three times as long to make.
+    position: of the drawn token. text: int64, begins with the prompt and the output before that position; the end of
+    that output may be guesses, whose own rows stand before this one. A tuple, as every step has one for each sequence:
+    a frozen dataclass takes three times as long to make.
     """
 
     request_id: str

@@ -45,7 +45,7 @@ def test_dense_weights_count_in_the_dtype_they_get_and_packed_ones_as_they_are(t
 
 def test_a_step_works_on_a_layers_activations_and_on_logits(tmp_path: Path) -> None:
     model = read_model_config(save_tiny_model("llama", tmp_path))
-    few = workspace_bytes(model, torch.bfloat16, max_num_tokens=100, max_num_seqs=3)
+    few = workspace_bytes(model, torch.bfloat16, max_num_tokens=100, max_num_drawn=3)
     # the stream three times, 8 heads of 16, what 4 of them attend to, three times the MLP's width
     activations = 2 * (3 * 64 + 8 * 16 + 4 * 16 + 3 * 128)
     assert few == 100 * activations + 3 * 3 * 272 * 4

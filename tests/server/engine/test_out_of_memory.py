@@ -94,11 +94,11 @@ def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(chunk: i
 
 def test_a_budget_halves_and_grows_back_to_what_it_was() -> None:
     budget = StepBudget(num_tokens=100, num_seqs=10, min_tokens=8)
-    assert budget.shrink(num_tokens=60, num_seqs=5)
+    assert budget.shrink(num_tokens=60, num_seqs=5, num_drafted=0)
     assert (budget.num_tokens, budget.num_seqs) == (30, 2)
-    assert budget.shrink(num_tokens=12, num_seqs=2)
+    assert budget.shrink(num_tokens=12, num_seqs=2, num_drafted=0)
     assert (budget.num_tokens, budget.num_seqs) == (8, 1)
-    assert not budget.shrink(num_tokens=8, num_seqs=1)
+    assert not budget.shrink(num_tokens=8, num_seqs=1, num_drafted=0)
     sizes = []
     for _ in range(5 * RECOVERY_STEPS):
         budget.note_success()

@@ -1,0 +1,135 @@
+"""Guesses change neither tokens nor logprobs of a real decoder; with the native kernels, not by a bit."""
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from server.engine.assembly import assemble_engine
+from server.engine.config import EngineConfig
+from server.engine.errors import EngineSetupError
+from server.engine.request import EngineNews, EngineStats, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob
+from tests.kernels.native_libraries import open_native
+from tests.server.model.quantized_models import quantize_in_place
+from tests.tiny_models import save_tiny_model
+
+PROMPT = (5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6)
+GREEDY = SamplingParams(max_tokens=60, temperature=0.0)
+# a few tokens are so likely that some guesses come true, and most do not
+SEEDED = SamplingParams(max_tokens=60, temperature=1.0, seed=3, logit_bias=((5, 12.0), (6, 12.0), (7, 11.0)))
+CASES = {
+    "greedy": GREEDY,
+    "greedy with logprobs": replace(GREEDY, logprobs=3, prompt_logprobs=2),
+    "greedy with penalties": replace(GREEDY, repetition_penalty=1.1, frequency_penalty=0.02, presence_penalty=0.1),
+    "seeded": SEEDED,
+    "seeded, of few": replace(SEEDED, top_p=0.9, top_k=4, min_p=0.01, logprobs=0),
+    "seeded with penalties": replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.2, logprobs=2),
+    "seeded with a stop token": replace(SEEDED, stop_token_ids=(7,), min_tokens=30),
+    "few tokens": replace(GREEDY, max_tokens=3),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    open_native()
+    directory = save_tiny_model("llama", tmp_path_factory.mktemp("quantized"))
+    quantize_in_place(directory, lambda name: True)
+    return directory
+
+
+class Served:
+    """What an engine says to requests that are submitted at once."""
+
+    def __init__(self, config: EngineConfig, *requests: GenerationRequest) -> None:
+        self.events: dict[str, list[TokenEvent]] = defaultdict(list)
+        self.stats: EngineStats | None = None
+        loop, self.info = assemble_engine(config, lambda progress: None, self._take)
+        for request in requests:
+            loop.submit(request)
+        while loop.has_work:
+            loop.step()
+            loop.check_integrity()
+
+    def _take(self, news: EngineNews) -> None:
+        self.stats = news.stats
+        for event in news.events:
+            self.events[event.request_id].append(event)
+
+    @property
+    def num_accepted(self) -> int:
+        assert self.stats is not None
+        return self.stats.accepted_tokens
+
+    def answer(self, name: str) -> tuple[list[int], list[TokenLogprob], list[TokenLogprob | None], object]:
+        events = self.events[name]
+        return (
+            [token for event in events for token in event.token_ids],
+            [logprob for event in events for logprob in event.logprobs],
+            [logprob for event in events for logprob in event.prompt_logprobs],
+            events[-1].finish_reason,
+        )
+
+
+def config(directory: Path, num_speculative_tokens: int) -> EngineConfig:
+    return EngineConfig(
+        str(directory),
+        device="cpu",
+        max_num_seqs=8,
+        block_size=16,
+        kv_cache_bytes=512 * 1024,
+        num_speculative_tokens=num_speculative_tokens,
+    )
+
+
+def test_the_native_kernels_give_each_request_the_bits_it_gets_without_guesses(quantized: Path) -> None:
+    requests = [GenerationRequest(name, PROMPT, params) for name, params in CASES.items()]
+    guessing, plain = Served(config(quantized, 6), *requests), Served(config(quantized, 0), *requests)
+    assert guessing.info.kernels.startswith("native")
+    assert guessing.num_accepted > 0
+    assert plain.num_accepted == 0
+    for name in CASES:
+        assert guessing.answer(name) == plain.answer(name), name
+
+
+@pytest.mark.parametrize("name", ["greedy with logprobs", "seeded with penalties", "seeded with a stop token"])
+def test_alone_a_request_guesses_more_and_gets_the_same(quantized: Path, name: str) -> None:
+    one = GenerationRequest(name, PROMPT, CASES[name])
+    guessing = Served(config(quantized, 6), one)
+    assert guessing.num_accepted > 0
+    assert guessing.answer(name) == Served(config(quantized, 0), one).answer(name)
+
+
+def test_preempted_requests_get_the_same_too(quantized: Path) -> None:
+    requests = [GenerationRequest(name, PROMPT, params) for name, params in CASES.items()]
+    roomy = config(quantized, 6)
+    # given a cache of 144 tokens for requests that grow to 600 together
+    tight = replace(roomy, kv_cache_bytes=144 * 2 * 2 * 2 * 16 * 2, max_model_len=128)
+    guessing = Served(tight, *requests)
+    assert guessing.stats is not None
+    assert guessing.stats.num_preemptions > 0
+    assert guessing.num_accepted > 0
+    plain = Served(config(quantized, 0), *requests)
+    for name in CASES:
+        assert guessing.answer(name) == plain.answer(name), name
+
+
+def test_with_deterministic_too_where_the_kernels_are_native(quantized: Path) -> None:
+    one = GenerationRequest("r", PROMPT, SEEDED)
+    guessing = Served(replace(config(quantized, 6), deterministic=True), one)
+    assert guessing.num_accepted > 0
+    assert guessing.answer("r") == Served(config(quantized, 0), one).answer("r")
+
+
+def test_with_deterministic_other_kernels_are_refused(tiny_model: Path) -> None:
+    both = replace(config(tiny_model, 6), deterministic=True)
+    with pytest.raises(EngineSetupError, match="deterministic is set and num_speculative_tokens is 6"):
+        Served(both)
+
+
+def test_torch_gives_the_same_tokens(tiny_model: Path) -> None:
+    requests = [GenerationRequest(name, PROMPT, params) for name, params in CASES.items()]
+    guessing, plain = Served(config(tiny_model, 6), *requests), Served(config(tiny_model, 0), *requests)
+    assert guessing.num_accepted > 0
+    for name in CASES:
+        assert guessing.answer(name)[0] == plain.answer(name)[0], name

@@ -205,10 +205,7 @@ def capture_pair(
             current = pair.current.observe(number, {*names, *readers, *later}, {*writers} | given)
             original = pair.original.observe(number, compared | readers, given)
             for name, total in paired.items():
-                targets = {
-                    linear: _target(block.get_submodule(linear), linear, writer, original, current)
-                    for linear, writer in own_writers[name].items()
-                }
+                targets = _targets(block, own_writers[name], original, current)
                 factors = weights if targets else torch.ones_like(weights)
                 total.add(original.inputs.get(name), current.inputs[name], factors, targets)
             for name in alone.keys() & current.inputs.keys():
@@ -244,14 +241,17 @@ def relative_weights(outputs: Sequence[BlockInput]) -> list[Tensor]:
     return [weight / mean for weight in weights]
 
 
-def _target(
-    module: nn.Module, linear: str, writer: StreamWriter, original: Observation, current: Observation
-) -> Tensor:
-    """What the product in the linear would have to give for the stream to be as the original's, float32 [tokens, N]."""
-    missing = (_stream(writer, original) - _stream(writer, current)) / writer.multiplier
-    product = current.outputs[linear] + missing
-    bias = dict(module.named_parameters()).get("bias")
-    return product if bias is None else product - bias
+def _targets(
+    block: nn.Module, writers: Mapping[str, StreamWriter], original: Observation, current: Observation
+) -> dict[str, Tensor]:
+    """What the linears' products would have to give for the stream to be as the original's, float32 [tokens, N]."""
+    targets = {}
+    for linear, writer in writers.items():
+        missing = (_stream(writer, original) - _stream(writer, current)) / writer.multiplier
+        product = current.outputs[linear] + missing
+        bias = dict(block.get_submodule(linear).named_parameters()).get("bias")
+        targets[linear] = product if bias is None else product - bias
+    return targets
 
 
 def _stream(writer: StreamWriter, seen: Observation) -> Tensor:

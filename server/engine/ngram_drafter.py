@@ -35,7 +35,7 @@ class NgramDrafter:
         for n, followers in self._followers.items():
             follower = followers.get(last[-n:])
             if follower is not None:
-                return np.resize(token_ids[follower:], num_tokens)
+                return np.resize(token_ids[follower : follower + num_tokens], num_tokens)
         return token_ids[:0]
 
     def _index(self, token_ids: TokenIds) -> None:

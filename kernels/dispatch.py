@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ def silu_gate(gate_up: Tensor) -> Tensor:
     """silu of the first half of the columns times the second half: [M, 2K] to [M, K]."""
     if not runs_triton(gate_up.device):
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
+        return cpu.activate(torch.nn.functional.silu, gate) * up
     from kernels.fused_activation import silu_gate
 
     return silu_gate(gate_up)
@@ -198,7 +199,7 @@ def gelu_gate(gate_up: Tensor) -> Tensor:
     """As `silu_gate`, with GELU in its tanh approximation."""
     if not runs_triton(gate_up.device):
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+        return cpu.activate(partial(torch.nn.functional.gelu, approximate="tanh"), gate) * up
     from kernels.fused_activation import gelu_gate
 
     return gelu_gate(gate_up)

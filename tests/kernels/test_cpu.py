@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import cpu, dispatch, reference
 from kernels.layout import PackedWeight, repack_int4_cpu, unpack
 from tests.kernels.packed_weights import random_packed_weight
 
@@ -148,3 +149,20 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square(shape: tuple[int, ...],
     exact = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     assert output.dtype == dtype
     torch.testing.assert_close(output, exact.to(dtype))
+
+
+@pytest.mark.parametrize("gate", [dispatch.silu_gate, dispatch.gelu_gate])
+@pytest.mark.parametrize(("num_threads", "width"), [(3, 1408), (5, 4864), (7, 11008)])
+def test_a_gates_row_has_the_bits_that_it_has_alone(
+    gate: Callable[[Tensor], Tensor], num_threads: int, width: int
+) -> None:
+    # given more elements than one thread is given, cut among threads within rows
+    gate_up = torch.randn(64, 2 * width, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        together = gate(gate_up)
+        alone = torch.cat([gate(row[None]) for row in gate_up])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, alone)

@@ -151,10 +151,11 @@ def wire_engine(
 def _mixes_by_floats(decoder: Decoder, device: torch.device) -> bool:
     """Whether a mixture of experts has products of floats, which sum otherwise for another number of rows.
 
-    On a GPU its router is one.
+    Where the kernels are Triton's its router is one.
     """
     mixtures = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Moe)]
-    return any(device.type == "cuda" or isinstance(mixture.gate_up, torch.Tensor) for mixture in mixtures)
+    experts = [weights for mixture in mixtures for weights in (mixture.gate_up, mixture.down)]
+    return any(dispatch.runs_triton(device) or isinstance(weights, torch.Tensor) for weights in experts)
 
 
 def _set_threads(num_threads: int | None) -> None:

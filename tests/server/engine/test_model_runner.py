@@ -166,10 +166,15 @@ def test_a_deterministic_engine_gives_an_unquantized_model_the_very_bits(tiny_mo
         assert events == alone.events[one.request_id]
 
 
+@pytest.mark.parametrize("packed", [(), ("w1", "w3"), ("w2",)])
 def test_a_deterministic_mixture_of_float_experts_gives_each_request_the_bits_that_it_gets_alone(
-    tmp_path: Path,
+    packed: tuple[str, ...], tmp_path: Path
 ) -> None:
-    deterministic = replace(config(save_tiny_model("mixtral", tmp_path)), deterministic=True)
+    # given experts that are floats, or partly
+    directory = save_tiny_model("mixtral", tmp_path)
+    if packed:
+        quantize_in_place(directory, lambda name: "experts" in name and name.endswith(packed))
+    deterministic = replace(config(directory), deterministic=True)
     requests = [request(f"r{length}", length, replace(GREEDY, logprobs=2)) for length in (1, 40, 5)]
     together = Engine(deterministic)
     together.run(*requests)

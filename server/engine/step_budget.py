@@ -5,7 +5,10 @@ RECOVERY_STEPS = 64
 
 
 class StepBudget:
-    """num_tokens, num_seqs: the most of a step. Both halve where one was too large, and double when steps go well."""
+    """num_tokens, num_seqs: the most of a step. Both halve where one was too large, and double when steps go well.
+
+    A step of one sequence was too large by its tokens alone.
+    """
 
     def __init__(self, num_tokens: int, num_seqs: int, min_tokens: int) -> None:
         """min_tokens: the fewest that one sequence can be given, its chunk where prompts are cut at fixed places."""
@@ -25,7 +28,9 @@ class StepBudget:
             return False
         self.is_reduced = True
         self.num_tokens = max(num_tokens // 2, self._min_tokens)
-        self.num_seqs = max(num_seqs // 2, 1)
+        # room for one token of each but the last, and the least for that: whoever decodes beside it, a prompt goes on
+        roomy = self.num_tokens - self._min_tokens + 1
+        self.num_seqs = min(num_seqs // 2 if num_seqs > 1 else self.num_seqs, roomy)
         self._num_good_steps = 0
         return True
 

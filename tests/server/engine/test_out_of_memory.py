@@ -92,6 +92,19 @@ def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(chunk: i
     assert engine.pool.num_free == engine.num_blocks
 
 
+def test_one_that_was_too_long_alone_leaves_the_others_their_places() -> None:
+    budget = StepBudget(num_tokens=100, num_seqs=10, min_tokens=1)
+    assert budget.shrink(num_tokens=80, num_seqs=1, num_drafted=0)
+    assert (budget.num_tokens, budget.num_seqs) == (40, 10)
+
+
+def test_a_smaller_step_has_room_for_a_chunk_behind_all_that_decode() -> None:
+    budget = StepBudget(num_tokens=100, num_seqs=10, min_tokens=16)
+    assert budget.shrink(num_tokens=36, num_seqs=8, num_drafted=0)
+    # two decode, and the third has its sixteen
+    assert (budget.num_tokens, budget.num_seqs) == (18, 3)
+
+
 def test_a_budget_halves_and_grows_back_to_what_it_was() -> None:
     budget = StepBudget(num_tokens=100, num_seqs=10, min_tokens=8)
     assert budget.shrink(num_tokens=60, num_seqs=5, num_drafted=0)

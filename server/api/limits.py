@@ -51,12 +51,14 @@ class _Upload:
         self._max_body_bytes = max_body_bytes
         self._num_bytes = 0
         self._is_refused = False
+        self._is_read = False
 
     def refusal(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"the body is larger than {self._max_body_bytes} bytes, the most this server takes")
 
     async def receive(self) -> Message:
         message = await self._receive()
+        self._is_read = not message.get("more_body", False)
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_body_bytes:
             raise self.refusal()
@@ -65,8 +67,8 @@ class _Upload:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._is_refused = message["status"] == PayloadTooLarge.status
-        elif self._is_refused and not message.get("more_body", False):
-            # the client has the whole answer then, and the connection stays
+        elif self._is_refused and not self._is_read and not message.get("more_body", False):
+            # the client has the whole answer then, and may finish sending before the connection is closed
             await self._send({**message, "more_body": True})
             await self._drop_the_rest()
             message = {"type": message["type"], "body": b""}

@@ -1,5 +1,6 @@
 """Bodies are bounded before they are read into memory, and their nesting before they are parsed."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api import limits
-from server.api.limits import MAX_JSON_DEPTH, MAX_JSON_STRUCTURE, check_json_shape
-from server.errors import InvalidRequest
+from server.api.errors import error_response
+from server.api.limits import MAX_JSON_DEPTH, MAX_JSON_STRUCTURE, BodyLimit, check_json_shape
+from server.errors import InvalidRequest, PayloadTooLarge
 from tests.server.api.conftest import AppFactory, local_client
 
 MAX_BODY_BYTES = 2048
@@ -46,6 +49,28 @@ def test_a_body_without_a_length_is_413_as_soon_as_it_is_too_large(small: TestCl
     assert response.status_code == 413
     assert response.headers["connection"] == "close"
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_nothing_more_is_waited_for_where_the_body_is_whole() -> None:
+    received: list[Message] = [{"type": "http.request", "body": b"x" * 20, "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return received.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await receive()
+        except PayloadTooLarge as error:
+            await error_response(error)(scope, receive, send)
+
+    # a second look at what comes in would find the list empty
+    asyncio.run(BodyLimit(read, 10)({"type": "http", "headers": []}, receive, send))
+    assert sent[0]["status"] == 413
+    assert [message.get("more_body", False) for message in sent[1:]] == [False]
 
 
 def send_without_end(connection: socket.socket) -> None:

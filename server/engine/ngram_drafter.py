@@ -12,6 +12,8 @@ from server.engine.step_plan import TokenIds
 # how many tokens must be as they were: of several such places the one with most is likeliest to go on alike
 _LONGEST_NGRAM = 4
 _SHORTEST_NGRAM = 2
+# of a long prompt its end is looked at: everybody waits while it is, and each token takes half a kilobyte
+_MAX_INDEXED = 8192
 
 
 class NgramDrafter:
@@ -39,9 +41,9 @@ class NgramDrafter:
         return token_ids[:0]
 
     def _index(self, token_ids: TokenIds) -> None:
-        """Every n-gram that has a follower."""
+        """Every n-gram that has a follower, but for those before the last _MAX_INDEXED of what is new."""
         for n, followers in self._followers.items():
-            start = max(self._num_indexed - n, 0)
+            start = max(self._num_indexed - n, len(token_ids) - _MAX_INDEXED, 0)
             tokens = token_ids[start:-1].tolist()
             ngrams = zip(*(tokens[offset:] for offset in range(n)), strict=False)
             followers.update(zip(ngrams, count(start + n), strict=False))

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from server.engine import ngram_drafter
 from server.engine.ngram_drafter import NgramDrafter
 
 
@@ -33,6 +34,13 @@ def test_a_place_that_is_alike_for_longer_counts_before_a_later_one() -> None:
 def test_a_repetition_is_guessed_to_go_on() -> None:
     assert guess([9, 4, 5, 6, 4, 5], num_tokens=7) == [6, 4, 5, 6, 4, 5, 6]
     assert guess([3, 3, 3], num_tokens=4) == [3, 3, 3, 3]
+
+
+def test_of_a_long_prompt_the_end_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    token_ids = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    assert guess(token_ids, num_tokens=1) == [3]
+    monkeypatch.setattr(ngram_drafter, "_MAX_INDEXED", 6)
+    assert guess(token_ids, num_tokens=1) == []
 
 
 def test_an_index_that_grew_guesses_what_a_new_one_does() -> None:

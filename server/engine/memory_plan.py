@@ -41,10 +41,19 @@ def weight_bytes(reader: CheckpointReader, dtype: torch.dtype | None) -> int:
 def workspace_bytes(model: ModelConfig, dtype: torch.dtype, *, max_num_tokens: int, max_num_drawn: int) -> int:
     """The most that a step computes in: one layer's activations for its tokens, and the logits of those it draws."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    # the stream, its sum and its norm; the heads and what they attended to; gate, up and their product
-    width = 3 * model.hidden_size + heads + model.num_heads * model.head_dim + 3 * model.intermediate_size
+    # the stream, its sum and its norm; the heads and what they attended to; the MLP's own
+    width = 3 * model.hidden_size + heads + model.num_heads * model.head_dim + _mlp_width(model)
     activations = max_num_tokens * width * dtype.itemsize
     return activations + _LOGIT_COPIES * max_num_drawn * model.vocab_size * torch.float32.itemsize
+
+
+def _mlp_width(model: ModelConfig) -> int:
+    """Values that a token's MLP, or its mixture of experts, computes in: gate, up, product, and choices' outputs."""
+    dense = 3 * model.intermediate_size
+    if model.moe is None:
+        return dense
+    choices = model.moe.num_experts_per_tok * (3 * model.moe.intermediate_size + model.hidden_size)
+    return max(dense, choices + 3 * (model.moe.shared_intermediate_size or 0))
 
 
 def cache_budget(memory: DeviceMemory, utilization: float, workspace: int) -> int:

@@ -51,6 +51,18 @@ def test_a_step_works_on_a_layers_activations_and_on_logits(tmp_path: Path) -> N
     assert few == 100 * activations + 3 * 3 * 272 * 4
 
 
+def test_a_mixture_works_on_the_activations_of_the_experts_that_a_token_chose(tmp_path: Path) -> None:
+    model = read_model_config(save_tiny_model("qwen2_moe", tmp_path))
+    assert model.moe is not None
+    assert model.moe.shared_intermediate_size is not None
+    chosen = model.moe.num_experts_per_tok * (3 * model.moe.intermediate_size + 64)
+    mixture = chosen + 3 * model.moe.shared_intermediate_size
+    assert mixture > 3 * model.intermediate_size
+    step = workspace_bytes(model, torch.bfloat16, max_num_tokens=100, max_num_drawn=0)
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    assert step == 100 * 2 * (3 * 64 + heads + mixture)
+
+
 @pytest.mark.parametrize(
     ("free", "workspace", "expected"),
     [

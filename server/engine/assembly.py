@@ -44,6 +44,9 @@ _CPU_PREFILL_CHUNK = 256
 # the native kernels take 512 tokens in 0.2 s there, and a prompt of so many takes a fifteenth less in one go
 _NATIVE_PREFILL_CHUNK = 512
 
+# where deterministic, prompts share whole chunks that are whole blocks: a multiple of every default size of a block
+_WHOLE_BLOCKS = 64
+
 # what the row of one more token adds to a step of one, as a part of it: python -m benchmarks.speculation prints it
 _NATIVE_ROW_COST = 0.15
 _CPU_ROW_COST = 0.35
@@ -72,6 +75,8 @@ def choose_limits(config: EngineConfig, device: torch.device, cpu_chunk: int = _
     is_cpu = device.type == "cpu"
     num_tokens = config.max_num_batched_tokens or (cpu_chunk + config.max_num_seqs if is_cpu else _GPU_STEP_TOKENS)
     chunk = min(cpu_chunk, num_tokens - config.max_num_seqs + 1)
+    if chunk > _WHOLE_BLOCKS:
+        chunk -= chunk % _WHOLE_BLOCKS
     return SchedulerLimits(
         config.max_num_seqs,
         num_tokens,

@@ -25,7 +25,7 @@ def test_on_a_gpu_a_step_holds_much_and_a_prompt_is_cut_anywhere() -> None:
     assert limits == SchedulerLimits(16, 2048)
 
 
-@pytest.mark.parametrize(("budget", "chunk"), [(16, 1), (17, 2), (271, 256), (4096, 256)])
+@pytest.mark.parametrize(("budget", "chunk"), [(16, 1), (17, 2), (200, 128), (271, 256), (4096, 256)])
 def test_a_budget_that_is_set_leaves_a_prompt_what_the_others_do_not_need(budget: int, chunk: int) -> None:
     limits = choose_limits(EngineConfig("m", max_num_seqs=16, max_num_batched_tokens=budget), CPU)
     assert limits == SchedulerLimits(16, budget, prefill_chunk=chunk)

@@ -14,15 +14,14 @@ from rich.console import Console
 from benchmarks import llama_cpp_build
 from benchmarks.command_line import (
     CACHE,
-    EXIT_INTERRUPTED,
     announce,
     own_version,
     positive_number,
+    run_to_exit_code,
     writable_file,
 )
 from benchmarks.comparison import Comparison, render_table
 from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, prepare_q4_0, size_of
-from benchmarks.errors import BenchmarkError
 from benchmarks.json_file import write_json
 from benchmarks.llama_cpp_build import LlamaCppBuild, cmake_options
 from benchmarks.llama_cpp_peer import LlamaCppPeer
@@ -114,19 +113,16 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        with take_turn(CACHE, announce):
-            report = run(options)
-        report.print_to(Console())
-        if options.json_path:
-            write_json(options.json_path, report.to_json())
-    except (BenchmarkError, OSError) as error:
-        announce(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        announce("interrupted")
-        return EXIT_INTERRUPTED
-    return 0
+    return run_to_exit_code(lambda: measure_and_print(options))
+
+
+def measure_and_print(options: Options) -> None:
+    """The report on the terminal, and in a file where one is asked for."""
+    with take_turn(CACHE, announce):
+        report = run(options)
+    report.print_to(Console())
+    if options.json_path:
+        write_json(options.json_path, report.to_json())
 
 
 def parse_options(arguments: Sequence[str] | None) -> Options:

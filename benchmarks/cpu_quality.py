@@ -23,7 +23,7 @@ from quant.errors import QuantError
 from quant.evaluate import QualitySums, TextWindows, cut_windows, predict
 from server.engine.step_plan import StepPlan
 from server.engine.step_tensors import build_step_tensors
-from server.model.loader import LoadedModel, LoadProgress, load_model
+from server.model.loader import LoadedModel, ignore_load_progress, load_model
 
 BLOCK_SIZE = 32
 CPU = torch.device("cpu")
@@ -50,8 +50,8 @@ def measure(checkpoint: Path, text: TextWindows) -> Table:
     windows = cut_windows(AutoTokenizer.from_pretrained(str(checkpoint)), text.read(), text)
     native = NativeCpu.open(torch.get_num_threads(), announce)
     models = {
-        "torch": load_model(checkpoint, CPU, None, _ignore_progress),
-        f"native, {native.name}": load_model(checkpoint, CPU, None, _ignore_progress, native),
+        "torch": load_model(checkpoint, CPU, None, ignore_load_progress),
+        f"native, {native.name}": load_model(checkpoint, CPU, None, ignore_load_progress, native),
     }
     sums = {name: QualitySums() for name in models}
     for index, window in enumerate(windows):
@@ -89,10 +89,6 @@ def _allocate(model: LoadedModel, num_blocks: int) -> PagedLayer:
     if model.is_native:
         return allocate_native_layer(*shape)
     return PagedLayer(torch.empty(shape), torch.empty(shape))
-
-
-def _ignore_progress(_progress: LoadProgress) -> None:
-    """Loading the demo model takes a second."""
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from server.engine.config import EngineConfig
 from server.engine.kernel_choice import choose_kernels
-from server.model.loader import LoadProgress, load_model
+from server.model.loader import ignore_load_progress, load_model
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # what Linux takes for: the peak begins anew
@@ -30,7 +30,7 @@ def main(model: str, device_name: str, kernels: str) -> None:
     gc.collect()
     _CLEAR.write_text(_RESET_PEAK)
     before = _resident("VmRSS")
-    loaded = load_model(directory, device, None if native else torch.bfloat16, _ignore, native)
+    loaded = load_model(directory, device, None if native else torch.bfloat16, ignore_load_progress, native)
     gc.collect()
     figures = {"before": before, "after": _resident("VmRSS"), "peak": _resident("VmHWM")}
     print(json.dumps(figures))
@@ -41,10 +41,6 @@ def main(model: str, device_name: str, kernels: str) -> None:
 def _resident(field: str) -> int:
     fields = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
     return int(fields[field].split()[0]) * 1024
-
-
-def _ignore(_progress: LoadProgress) -> None:
-    """Nobody watches."""
 
 
 if __name__ == "__main__":

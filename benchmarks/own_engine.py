@@ -9,7 +9,7 @@ from benchmarks.workload import MAX_SEQUENCE_TOKENS, MAX_SEQUENCES, MAX_STEP_TOK
 from server.engine.assembly import SETUP_ERRORS, assemble_engine
 from server.engine.config import EngineConfig
 from server.engine.request import EngineNews, GenerationRequest, SamplingParams
-from server.model.loader import LoadProgress
+from server.model.loader import ignore_load_progress
 
 
 class OwnEngine:
@@ -30,7 +30,7 @@ class OwnEngine:
         self._num_tokens: dict[str, int] = {}
         self._num_trials = 0
         try:
-            self._loop, self.model = assemble_engine(config, _ignore_progress, self._count)
+            self._loop, self.model = assemble_engine(config, ignore_load_progress, self._count)
         except SETUP_ERRORS as error:
             raise BenchmarkError(f"our engine cannot load {checkpoint}: {error}") from error
         # as the engine's process does it
@@ -71,7 +71,3 @@ class OwnEngine:
             if event.error is not None:
                 raise BenchmarkError(f"our engine failed a request: {event.error}")
             self._num_tokens[event.request_id] += len(event.token_ids)
-
-
-def _ignore_progress(_progress: LoadProgress) -> None:
-    """Loading the demo model takes less than a second."""

@@ -24,7 +24,7 @@ from benchmarks.parity_models import PARITY_MODELS, VOCAB_SIZE, TinyModel, save_
 from kernels.paged_batch import allocate_layer
 from server.engine.step_plan import StepPlan
 from server.engine.step_tensors import build_step_tensors
-from server.model.loader import LoadProgress, load_model
+from server.model.loader import ignore_load_progress, load_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -95,7 +95,7 @@ def measure(model: TinyModel) -> dict[str, float]:
 def _largest_difference(
     directory: Path, steps: Sequence[Sequence[Span]], sequences: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> float:
-    model = load_model(directory, CPU, None, _ignore_progress)
+    model = load_model(directory, CPU, None, ignore_load_progress)
     config = model.config
     num_blocks = BLOCKS_PER_SEQUENCE * len(sequences)
     caches = [
@@ -124,10 +124,6 @@ def _plan(spans: Sequence[Span], sequences: Sequence[Tensor]) -> StepPlan:
         block_tables=np.array(tables, dtype=np.int32),
         sampling_rows=(),
     )
-
-
-def _ignore_progress(_progress: LoadProgress) -> None:
-    """A tiny model is there at once."""
 
 
 if __name__ == "__main__":

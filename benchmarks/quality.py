@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.command_line import CACHE, EXIT_INTERRUPTED, announce, own_version, positive_number, writable_file
+from benchmarks.command_line import CACHE, announce, own_version, positive_number, run_to_exit_code, writable_file
 from benchmarks.demo_checkpoint import find_gguf, prepare_dense
 from benchmarks.errors import BenchmarkError
 from benchmarks.json_file import write_json
@@ -113,21 +113,19 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
-        with take_turn(CACHE, announce):
-            report = run(options)
-        report.print_to(Console())
-        if options.json_path:
-            write_json(options.json_path, report.to_json())
+        return run_to_exit_code(lambda: measure_and_print(options))
     except QuantError as error:
         announce(f"error: {error}")
         return error.exit_code
-    except (BenchmarkError, OSError) as error:
-        announce(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        announce("interrupted")
-        return EXIT_INTERRUPTED
-    return 0
+
+
+def measure_and_print(options: Options) -> None:
+    """The tables on the terminal, and every figure in a file where one is asked for."""
+    with take_turn(CACHE, announce):
+        report = run(options)
+    report.print_to(Console())
+    if options.json_path:
+        write_json(options.json_path, report.to_json())
 
 
 def parse_options(arguments: Sequence[str] | None) -> Options:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from benchmarks.command_line import EXIT_INTERRUPTED, announce, positive_number, writable_file
 from benchmarks.errors import BenchmarkError
+from benchmarks.json_file import write_json
 from benchmarks.random_model import ModelShape, write_random_model
 from quant.method import STEPS, Method
 from quant.report import REPORT_FILE
@@ -77,8 +78,7 @@ def render(shape: ModelShape, measurements: Sequence[Measurement]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where a peak is above its bound."""
     options = _parser().parse_args(arguments)
-    heads = max(1, options.width // 128)
-    shape = ModelShape(options.blocks, options.width, options.width * 11 // 4, heads, max(1, heads // 4), options.vocab)
+    shape = ModelShape.of_width(options.width, num_blocks=options.blocks, vocab_size=options.vocab)
     try:
         measurements = _measure_all(shape, options.methods, options.samples, options.tokens)
     except BenchmarkError as error:
@@ -88,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     Console().print(render(shape, measurements))
     if options.json is not None:
-        figures = {"shape": asdict(shape), "measurements": [asdict(row) for row in measurements]}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, {"shape": asdict(shape), "measurements": [asdict(row) for row in measurements]})
     return int(any(row.peak_bytes > row.bound_bytes for row in measurements))
 
 

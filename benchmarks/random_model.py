@@ -28,6 +28,12 @@ class ModelShape:
     num_kv_heads: int
     vocab_size: int
 
+    @classmethod
+    def of_width(cls, width: int, *, num_blocks: int, vocab_size: int) -> "ModelShape":
+        """In the proportions of Llama: heads of 128, a quarter as many of keys and values, an MLP of 11/4 the width."""
+        num_heads = max(1, width // 128)
+        return cls(num_blocks, width, width * 11 // 4, num_heads, max(1, num_heads // 4), vocab_size)
+
     @property
     def head_width(self) -> int:
         return self.hidden_size // self.num_heads

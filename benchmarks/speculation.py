@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command_line import CACHE, EXIT_INTERRUPTED, announce, positive_number, writable_file
+from benchmarks.command_line import CACHE, announce, positive_number, run_to_exit_code, writable_file
 from benchmarks.comparison import Spread
 from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint
 from benchmarks.errors import BenchmarkError
@@ -24,7 +24,7 @@ from benchmarks.workload import TOKEN_IDS
 from server.engine.assembly import SETUP_ERRORS, assemble_engine
 from server.engine.config import EngineConfig
 from server.engine.request import EngineNews, EngineStats, GenerationRequest, SamplingParams
-from server.model.loader import LoadProgress
+from server.model.loader import ignore_load_progress
 
 DEFAULT_ROUNDS = 5
 DEFAULT_TOKENS = 128
@@ -84,7 +84,7 @@ class GuessingEngine:
         self._outputs: dict[str, list[int]] = {}
         self.stats: EngineStats | None = None
         try:
-            self._loop, self.model = assemble_engine(config, _ignore_progress, self._take)
+            self._loop, self.model = assemble_engine(config, ignore_load_progress, self._take)
         except SETUP_ERRORS as error:
             raise BenchmarkError(f"the engine cannot load {checkpoint}: {error}") from error
         gc.collect()
@@ -184,30 +184,23 @@ def render(measured: Sequence[Measured], num_speculative_tokens: int) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        with take_turn(CACHE, announce):
-            checkpoint = prepare_checkpoint(find_gguf(), CACHE / "models", announce)
-            announce("loading both sides")
-            guessing, plain = (
-                GuessingEngine(checkpoint, options.threads, count) for count in (options.speculative_tokens, 0)
-            )
-            busy = measure_busy_cores()
-            measured = measure(guessing, plain, options.rounds, options.tokens, announce)
-        Console().print(render(measured, options.speculative_tokens))
-        print(f"{CAVEAT}\n{guessing.model.kernels}; other programs kept {busy:.1f} cores busy before")
-        if options.json is not None:
-            write_json(options.json, {"scenarios": [one.to_json() for one in measured]})
-    except (BenchmarkError, OSError) as error:
-        announce(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        announce("interrupted")
-        return EXIT_INTERRUPTED
-    return 0
+    return run_to_exit_code(lambda: measure_and_print(options))
 
 
-def _ignore_progress(_progress: LoadProgress) -> None:
-    """Loading the demo model takes less than a second."""
+def measure_and_print(options: argparse.Namespace) -> None:
+    """The table on the terminal, and its figures in a file where one is asked for."""
+    with take_turn(CACHE, announce):
+        checkpoint = prepare_checkpoint(find_gguf(), CACHE / "models", announce)
+        announce("loading both sides")
+        guessing, plain = (
+            GuessingEngine(checkpoint, options.threads, count) for count in (options.speculative_tokens, 0)
+        )
+        busy = measure_busy_cores()
+        measured = measure(guessing, plain, options.rounds, options.tokens, announce)
+    Console().print(render(measured, options.speculative_tokens))
+    print(f"{CAVEAT}\n{guessing.model.kernels}; other programs kept {busy:.1f} cores busy before")
+    if options.json is not None:
+        write_json(options.json, {"scenarios": [one.to_json() for one in measured]})
 
 
 def _parser() -> argparse.ArgumentParser:

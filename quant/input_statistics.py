@@ -178,7 +178,7 @@ def capture_pair(
     later: Collection[str],
     token_weights: Sequence[Tensor],
 ) -> PairStatistics:
-    """What linears read in both streams, and how far the stream has drifted where they add to it.
+    """What linears read in both streams, and what they should give where they add to the residual stream.
 
     observed: by linear, the module where its input is observed. writers: those of the linears that add to the stream.
     later: modules that are observed in the current stream alone, for the search: what their linears are corrected with

@@ -12,7 +12,7 @@ from kernels.layout import PackedWeight
 from quant.checkpoint.stored_module import PackedSpec
 from server.model.config import ModelConfig
 from server.model.expected_tensors import EMBEDDING, HEAD, LinearSpec, layer_spec
-from server.model.loader import LoadedModel, LoadProgress, build_model
+from server.model.loader import LoadedModel, build_model, ignore_load_progress
 
 GROUP_SIZE = 128
 SCALE_BITS, ZERO_BITS = 16, 16
@@ -65,7 +65,7 @@ def build_random_model(bench: Bench, shape: ModelShape, max_position_embeddings:
     """A Llama of that shape on the device: float16 on a GPU, float32 on a CPU."""
     config = ModelConfig.from_dict(shape.to_config(max_position_embeddings))
     dtype = torch.float16 if bench.device.type == "cuda" else torch.float32
-    return build_model(RandomWeights(bench, config), config, bench.device, dtype, _ignore_progress)
+    return build_model(RandomWeights(bench, config), config, bench.device, dtype, ignore_load_progress)
 
 
 def weight_bytes(config: ModelConfig) -> int:
@@ -80,7 +80,3 @@ def flops_per_token(config: ModelConfig) -> int:
     """Of the linears of the blocks; attention and the head, which only the last token of a prompt needs, left out."""
     linears = [linear for index in range(config.num_layers) for linear in layer_spec(config, index).linears]
     return 2 * sum(linear.num_outputs * linear.num_inputs for linear in linears)
-
-
-def _ignore_progress(_progress: LoadProgress) -> None:
-    """Making it takes seconds."""

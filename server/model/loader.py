@@ -59,6 +59,10 @@ class LoadProgress:
     num_layers: int
 
 
+def ignore_load_progress(_progress: LoadProgress) -> None:
+    """A listener for callers that do not look."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """config.dtype is the dtype that the decoder computes in."""

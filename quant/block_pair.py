@@ -1,7 +1,8 @@
 """A block twice: as the source has it, and as far as it is quantized. What cannot change any more is not run again.
 
 Much of a quantization's time are runs of blocks. The original never changes, and in the other nothing does that lies
-before what is left to round: what modules read there is kept, as far as memory goes.
+before what is left to round: what modules read there is kept, as far as memory goes. What linears read is kept no finer
+than their products read it, so all runs are to be those of `fast_products`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from quant.capture import BlockInput, ClosedChild, Observation, observe, run_block
+from quant.fast_products import product_dtype
 from quant.residual import BLOCK
 
 # kept of each of the two blocks, at most; chunks beyond it are run again
@@ -32,16 +34,24 @@ class OriginalBlock:
         for chunk in self._chunks:
             seen = observe(self._block, self._index, chunk, inputs, {BLOCK, *outputs})
             results.append(BlockInput(seen.outputs[BLOCK].view_as(chunk.hidden), chunk.contexts))
-            num_bytes += sum(states.nbytes for states in (*seen.inputs.values(), *seen.outputs.values()))
+            inputs_kept = {name: self._shortened(name, states) for name, states in seen.inputs.items()}
+            kept = Observation(inputs_kept, seen.outputs)
+            # the block's output is there anyway, as the next one's input
+            others = [states for name, states in seen.outputs.items() if name != BLOCK]
+            num_bytes += sum(states.nbytes for states in (*kept.inputs.values(), *others))
             if num_bytes <= KEPT_BYTES:
-                self._kept.append(seen)
+                self._kept.append(kept)
         return results
 
     def observe(self, number: int, inputs: Collection[str], outputs: Collection[str]) -> Observation:
         """What the named modules read and gave in that chunk; `run` was told of all of them."""
         if number < len(self._kept):
-            return self._kept[number]
+            kept = self._kept[number]
+            return Observation({name: kept.inputs[name].float() for name in inputs}, kept.outputs)
         return observe(self._block, self._index, self._chunks[number], inputs, outputs)
+
+    def _shortened(self, name: str, states: Tensor) -> Tensor:
+        return states.to(product_dtype()) if isinstance(self._block.get_submodule(name), nn.Linear) else states
 
 
 class CurrentBlock:
@@ -91,9 +101,10 @@ class CurrentBlock:
 
     def _noting(self, kept: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if self._num_bytes + arguments[0].nbytes <= KEPT_BYTES:
-                self._num_bytes += arguments[0].nbytes
-                kept[number] = arguments[0]
+            states = arguments[0].to(product_dtype())
+            if self._num_bytes + states.nbytes <= KEPT_BYTES:
+                self._num_bytes += states.nbytes
+                kept[number] = states
 
         return note
 
@@ -109,7 +120,8 @@ class _Replay:
     def __call__(self, *_positional: object, **_named: object) -> object:
         # hooks see the linear as ever; where the child is the linear itself, this is already inside of its call
         is_linear = self._child.name == self._child.closing
-        output = type(self._closing).forward(self._closing, self._states) if is_linear else self._closing(self._states)
+        states = self._states.to(self._closing.get_parameter("weight").dtype)
+        output = type(self._closing).forward(self._closing, states) if is_linear else self._closing(states)
         return output if self._child.num_others is None else (output, *[None] * self._child.num_others)
 
 

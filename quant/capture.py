@@ -17,6 +17,8 @@ from quant.model_structure import BlockStack
 
 # tokens that go through a block at a time: enough to fill the cores, few enough to stay small in memory
 CHUNK_TOKENS = 2048
+# the first chunk is what a block is tried on, again and again: so many tells whether two outputs are the same
+SAMPLE_TOKENS = 512
 # what decoders call the cache that they hand to a block
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
@@ -105,14 +107,21 @@ class _SeenAllError(Exception):
     """Ends the run of a block of which nothing more is wanted."""
 
 
+def split_sequences(token_ids: Tensor) -> tuple[Tensor, ...]:
+    """Token ids int64 [sequences, T] in chunks of about CHUNK_TOKENS, the first of about SAMPLE_TOKENS."""
+    num_first, num_others = (max(1, num_tokens // token_ids.shape[1]) for num_tokens in (SAMPLE_TOKENS, CHUNK_TOKENS))
+    others = token_ids[num_first:]
+    return (token_ids[:num_first], *(torch.split(others, num_others) if len(others) else ()))
+
+
 def embed(stack: BlockStack, token_ids: Tensor) -> list[BlockInput]:
-    """Token ids int64 [sequences, T] as the inputs of the first block, in chunks of about CHUNK_TOKENS.
+    """Token ids int64 [sequences, T] as the inputs of the first block, in the chunks of `split_sequences`.
 
     The blocks are not run. Raises SourceError when the decoder does more between blocks than hand states on.
     """
     wraps = gives_tuples(stack, token_ids[:1, :1])
     recorders = [BlockRecorder(returns_tuple=wraps) for _ in stack.blocks]
-    chunks = torch.split(token_ids, max(1, CHUNK_TOKENS // token_ids.shape[1]))
+    chunks = split_sequences(token_ids)
     with replaced_blocks(stack, recorders):
         for chunk in chunks:
             stack.decoder(chunk, use_cache=False)

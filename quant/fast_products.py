@@ -1,22 +1,55 @@
 """Matrix products of float32 that may read bfloat16, as models are run. For runs of a model, not for searches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from kernels.cpu import cpu_traits
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Matrix products read bfloat16, where the processor has instructions for that, and add up in float32.
+    """Products and attention read bfloat16 where the processor has instructions for that, and add up in float32.
 
-    Only what is multiplied is rounded, by a relative 2^-9 at most: the states between the products, and all sums over
-    tokens, stay in float32. That is several times as fast, and its noise is far below that of rounding to 4 bits.
+    Only what is multiplied is rounded, by a relative 2^-9 at most, and what attention gives: the states between the
+    products, and all sums over tokens, stay in float32. That is several times as fast, and its noise is far below that
+    of rounding to 4 bits.
     Not for shapes that change all the time, as attention over a growing cache: each is compiled for, and kept.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        yield
+        with _FastAttention():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def product_dtype() -> torch.dtype:
+    """What products read at most under `fast_products`: a factor that is kept in it gives the same bits."""
+    return cpu_traits().dense_dtype
+
+
+class _FastAttention(TorchFunctionMode):
+    """Attention over float32 in bfloat16: torch's own on the CPU reads float32 whatever precision is allowed."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        named = kwargs or {}
+        if func is not functional.scaled_dot_product_attention or product_dtype() is not torch.bfloat16:
+            return func(*args, **named)
+        output = func(*map(_shorten, args), **{name: _shorten(value) for name, value in named.items()})
+        return output.float() if isinstance(output, Tensor) else output
+
+
+def _shorten(value: object) -> object:
+    return value.bfloat16() if isinstance(value, Tensor) and value.dtype == torch.float32 else value

@@ -92,9 +92,9 @@ class StatisticsSum:
         self._magnitude = torch.zeros(num_features)
         self._num_tokens = 0
 
-    def add(self, rows: Tensor, weights: Tensor) -> None:
-        """Count inputs [tokens, K], in the gram by weights [tokens]."""
-        self._gram.add(rows * weights[:, None], rows)
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Count inputs [tokens, K], in the gram by weights [tokens]; without, all count the same."""
+        self._gram.add(_weighted(rows, weights), rows)
         self._magnitude += rows.abs().sum(dim=0)
         self._num_tokens += len(rows)
 
@@ -128,16 +128,18 @@ class PairSum:
             for _ in ("fit", "held out")
         )
 
-    def add(self, original: Tensor | None, current: Tensor, weights: Tensor, targets: Mapping[str, Tensor]) -> None:
+    def add(
+        self, original: Tensor | None, current: Tensor, weights: Tensor | None, targets: Mapping[str, Tensor]
+    ) -> None:
         """Count inputs [tokens, K] of both models, weights [tokens] and what should be added to the stream [tokens, N].
 
-        original: None where all linears add to the stream.
+        original: None where all linears add to the stream. weights: None where all tokens count the same.
         """
         self._magnitude += current.abs().sum(dim=0)
         self._num_tokens += len(current)
         num_fitted = len(current) - len(current) // HELD_OUT_SHARE
         for part, tokens in zip(self._parts, (slice(num_fitted), slice(num_fitted, None)), strict=True):
-            weighted = current[tokens] * weights[tokens, None]
+            weighted = _weighted(current[tokens], None if weights is None else weights[tokens])
             part.gram.add(weighted, current[tokens])
             if part.cross is not None and original is not None:
                 part.cross.addmm_(original[tokens].T, weighted)
@@ -166,7 +168,7 @@ def capture(current: CurrentBlock, names: Sequence[str]) -> dict[str, InputStati
     with fast_products():
         for number in range(len(current.chunks)):
             for name, rows in current.observe(number, names).inputs.items():
-                sums[name].add(rows, torch.ones(len(rows)))
+                sums[name].add(rows)
         sums |= _show_all_tokens(current, sums)
     return {name: total.result() for name, total in sums.items()}
 
@@ -206,11 +208,9 @@ def capture_pair(
             original = pair.original.observe(number, compared | readers, given)
             for name, total in paired.items():
                 targets = _targets(block, own_writers[name], original, current)
-                factors = weights if targets else torch.ones_like(weights)
-                total.add(original.inputs.get(name), current.inputs[name], factors, targets)
+                total.add(original.inputs.get(name), current.inputs[name], weights if targets else None, targets)
             for name in alone.keys() & current.inputs.keys():
-                rows = current.inputs[name]
-                alone[name].add(rows, weights if name in later else torch.ones(len(rows)))
+                alone[name].add(current.inputs[name], weights if name in later else None)
         alone |= _show_all_tokens(pair.current, alone)
     results = {name: total.result() for name, total in paired.items()}
     return PairStatistics(
@@ -286,6 +286,10 @@ def _show_all_tokens(current: CurrentBlock, seen: Mapping[str, StatisticsSum]) -
     return sums
 
 
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows if weights is None else rows * weights[:, None]
+
+
 def _sum_for(block: nn.Module, name: str) -> StatisticsSum:
     return StatisticsSum(block.get_submodule(name).get_parameter("weight").shape[1])
 
@@ -294,7 +298,6 @@ def _showing(expert: Expert, sums: Mapping[str, StatisticsSum]) -> Callable[[nn.
     def show(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         read = expert.inputs(arguments[0])
         for name, total in sums.items():
-            rows = read[name].reshape(-1, read[name].shape[-1]).float()
-            total.add(rows, torch.ones(len(rows)))
+            total.add(read[name].reshape(-1, read[name].shape[-1]).float())
 
     return show

@@ -10,7 +10,7 @@ from kernels.layout import PackedWeight
 from kernels.reference import dequantize
 from quant.block import check_finite, find_codes, pack_codes, plain_codes
 from quant.blockwise_model import BlockwiseModel
-from quant.capture import CHUNK_TOKENS, run_block
+from quant.capture import run_block, split_sequences
 from quant.input_statistics import InputStatistics, StatisticsSum
 from quant.method import MethodSteps
 from quant.model_plan import HeadPlan
@@ -29,7 +29,7 @@ class HeadInput:
         """token_ids: int64 [sequences, T]; about SAMPLE_TOKENS of them are taken, evenly spread."""
         num_rows = max(1, SAMPLE_TOKENS // token_ids.shape[1])
         sample = token_ids[:: max(1, token_ids.shape[0] // num_rows)][:num_rows]
-        self._token_ids = torch.split(sample, max(1, CHUNK_TOKENS // sample.shape[1]))
+        self._token_ids = split_sequences(sample)
         (self._states,) = model.embed([sample])
 
     def follow(self, block: nn.Module, index: int) -> None:

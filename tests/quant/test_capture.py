@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant import capture as capture_module
-from quant.capture import embed, observe, run_block
+from quant.capture import embed, observe, run_block, split_sequences
 from quant.errors import SourceError
 from quant.model_structure import find_blocks
 from tests.quant.tiny_families import VARIANTS, Variant, open_tiny
@@ -25,7 +25,8 @@ def llama(directory: Path) -> PreTrainedModel:
 def test_blocks_run_one_by_one_give_what_the_whole_model_gives(
     variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # chunks of two sequences, the last one of one; sliding windows are shorter than a sequence
+    # a sequence, then chunks of two; sliding windows are shorter than a sequence
+    monkeypatch.setattr(capture_module, "SAMPLE_TOKENS", 40)
     monkeypatch.setattr(capture_module, "CHUNK_TOKENS", 80)
     model = open_tiny(variant, tmp_path)
     stack = find_blocks(model)
@@ -36,10 +37,23 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(
         model(TOKENS)
         expected = states[0][0] if isinstance(states[0], tuple) else states[0]
         inputs = embed(stack, TOKENS)
-        assert [len(chunk.hidden) for chunk in inputs] == [2, 2, 1]
+        assert [len(chunk.hidden) for chunk in inputs] == [1, 2, 2]
         for index, block in enumerate(stack.blocks.values()):
             inputs = [run_block(block, index, chunk) for chunk in inputs]
     torch.testing.assert_close(torch.cat([chunk.hidden for chunk in inputs]), expected)
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "num_tokens", "sizes"),
+    [(1, 2048, [1]), (4, 256, [2, 2]), (32, 512, [1, 4, 4, 4, 4, 4, 4, 4, 3]), (3, 4096, [1, 1, 1])],
+)
+def test_sequences_are_split_into_a_small_sample_and_chunks_that_fill_the_cores(
+    num_sequences: int, num_tokens: int, sizes: list[int]
+) -> None:
+    token_ids = torch.arange(num_sequences * num_tokens).view(num_sequences, num_tokens)
+    chunks = split_sequences(token_ids)
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert torch.equal(torch.cat(chunks), token_ids)
 
 
 def test_modules_are_observed_without_leaving_a_hook_or_running_on(tmp_path: Path) -> None:

@@ -60,14 +60,18 @@ def compile_kernel(kernel: JITFunction, variant: Variant) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()
-        usage = _disassemble("cuobjdump", "-res-usage", binary.name)
-        assembly = _disassemble("nvdisasm", "-c", binary.name)
-    registers, stack_bytes = (int(re.findall(rf"\b{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
+        usage = _disassemble("cuobjdump", binary.name, "-res-usage")
+        # the disassembler takes a third of the gate's time, and without a loop there is nothing in it to read: what
+        # spills has a stack. Nobody reads its analysis of branches either, which changes nothing in the text
+        assembly = "" if variant.loop is None else _disassemble("nvdisasm", binary.name, "-c", "-ndf")
+    registers, stack_bytes, local_bytes = (
+        int(re.findall(rf"\b{field}:(\d+)", usage)[0]) for field in ("REG", "STACK", "LOCAL")
+    )
     return MachineCode(
         variant=variant,
         shared_bytes=int(compiled.metadata.shared),
         registers=registers,
-        stack_bytes=stack_bytes,
+        stack_bytes=stack_bytes + local_bytes,
         copies_per_iteration=_copies_in_loop(str(compiled.asm["ttgir"])),
         assembly=assembly,
         seconds=time.monotonic() - started,
@@ -88,8 +92,9 @@ def _copies_in_loop(intermediate: str) -> int:
     return commits
 
 
-def _disassemble(program: str, option: str, binary: str) -> str:
-    return subprocess.run([DISASSEMBLERS / program, option, binary], check=True, capture_output=True, text=True).stdout
+def _disassemble(program: str, binary: str, *options: str) -> str:
+    command = [DISASSEMBLERS / program, *options, binary]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _check(codes: Iterator[MachineCode], num_variants: int) -> tuple[list[MachineCode], int, bool]:

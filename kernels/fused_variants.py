@@ -79,15 +79,19 @@ def sample_variants(arch: int) -> list[Variant]:
 def _dtype_variants(arch: int, dtype: DType, widths: tuple[int, ...], shapes: tuple[RotaryShape, ...]) -> list[Variant]:
     gates = [_gate_variant(kernel, arch, dtype) for kernel in ("silu_gate_kernel", "gelu_gate_kernel")]
     gathers = [_gather_variant(arch, dtype, table) for table in (dtype, "i8")]
-    norms = [_norm_variant(arch, dtype, width, with_residual=added) for width, added in product(widths, (False, True))]
+    norms = [
+        _norm_variant(arch, dtype, width, weight, with_residual=added)
+        for width, weight, added in product(widths, (dtype, "fp32"), (False, True))
+    ]
     return [*norms, *gates, *gathers, *(_rotary_variant(arch, dtype, shape) for shape in shapes)]
 
 
-def _norm_variant(arch: int, dtype: DType, width: int, *, with_residual: bool) -> Variant:
+def _norm_variant(arch: int, dtype: DType, width: int, weight: str, *, with_residual: bool) -> Variant:
+    """weight: its dtype, float32 where a model multiplies by 1 + w."""
     half = f"*{dtype}:16"
     arguments = {
         "x_ptr": half,
-        "weight_ptr": half,
+        "weight_ptr": f"*{weight}:16",
         "normed_ptr": half,
         "x_stride": "i32:16",
         "residual_stride": "i32:16",
@@ -99,7 +103,8 @@ def _norm_variant(arch: int, dtype: DType, width: int, *, with_residual: bool) -
         "WIDTH": width,
         "TILE_WIDTH": next_power_of_two(width),
     }
-    label = f"{dtype} {width}{' residual' if with_residual else ''}"
+    weights = "" if weight == dtype else f" {weight} weight"
+    label = f"{dtype} {width}{weights}{' residual' if with_residual else ''}"
     return plain_variant("rms_norm_kernel", arch, label, arguments, constants, row_warps(width))
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.int4_tile import TILE_COLUMNS_STORED, WORD_ROWS, pair_scales, plane_pair
+from kernels.int4_tile import TILE_COLUMNS_STORED, WORD_ROWS, pair_scales, plane_pair, weight_unit
 from kernels.launch import FUSE_FLOATS, HALF_TYPES, IS_INTERPRETED, launch_arch
 from kernels.layout import PackedWeight, WeightLayout
 from kernels.tiles import DEQUANTIZING_WARPS
@@ -48,8 +48,8 @@ def dequantize_int4_kernel(
         low_pairs = tl.load(pairs_ptr + 2 * pair * WORD_ROWS // GROUP_SIZE * TILE_COLUMNS_STORED + columns)
         high_pairs = tl.load(pairs_ptr + (2 * pair + 1) * WORD_ROWS // GROUP_SIZE * TILE_COLUMNS_STORED + columns)
         low, high = plane_pair(words, low_pairs, high_pairs, pair, BITS, dtype, INTERPRETED)
-        low_scales = pair_scales(low_pairs, SCALES_ARE_BF16)[:, None]
-        high_scales = pair_scales(high_pairs, SCALES_ARE_BF16)[:, None]
+        low_scales = (pair_scales(low_pairs, SCALES_ARE_BF16) * weight_unit(BITS, dtype))[:, None]
+        high_scales = (pair_scales(high_pairs, SCALES_ARE_BF16) * weight_unit(BITS, dtype))[:, None]
         inputs = block * BLOCK + 2 * pair * WORD_ROWS + word_rows[None, :]
         tl.store(row_ptr + inputs, (low.to(tl.float32) * low_scales).to(dtype), mask=inside & (inputs < num_inputs))
         inputs += WORD_ROWS

@@ -29,17 +29,21 @@ ROUTINGS = ((8, 2), (60, 4), (128, 8))
 
 @dataclass(frozen=True)
 class RotaryShape:
-    """width: of a head, of which rotary_width elements turn. group: query heads a key head."""
+    """width: of a head, of which rotary_width elements turn. group: query heads a key head.
+
+    has_wide_norms: whether the weights of its norms are float32, as they are where a model multiplies by 1 + w.
+    """
 
     width: int
     rotary_width: int
     group: int
     block_size: int
     has_norms: bool = False
+    has_wide_norms: bool = False
 
     @property
     def label(self) -> str:
-        norms = " norms" if self.has_norms else ""
+        norms = " float32 norms" if self.has_wide_norms else " norms" if self.has_norms else ""
         return f"D{self.width} R{self.rotary_width} group {self.group} block {self.block_size}{norms}"
 
 
@@ -51,6 +55,7 @@ ROTARY_SHAPES = (
     RotaryShape(80, 32, 1, 16),
     RotaryShape(128, 128, 16, 16),
     RotaryShape(256, 256, 2, 16, has_norms=True),
+    RotaryShape(256, 256, 2, 16, has_norms=True, has_wide_norms=True),
 )
 
 
@@ -174,7 +179,7 @@ def _rotary_variant(arch: int, dtype: DType, shape: RotaryShape) -> Variant:
     weights = ("query_weight_ptr", "key_weight_ptr")
     arguments = {
         **{f"{name}_ptr": half for name in names},
-        **(dict.fromkeys(weights, half) if shape.has_norms else {}),
+        **(dict.fromkeys(weights, "*fp32:16" if shape.has_wide_norms else half) if shape.has_norms else {}),
         "slots_ptr": "*i64:16",
         "token_stride": "i32:16",
         "rotation_stride": "i32:16",

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.launch import operand
 from kernels.layout import PLANAR_TILE_COLUMNS, PLANAR_WORD_ROWS
-from kernels.plane_assembly import PLANE_ASSEMBLY
+from kernels.plane_assembly import PLANE_ASSEMBLY, WEIGHT_UNITS
 
 WORD_ROWS = tl.constexpr(PLANAR_WORD_ROWS)
 TILE_COLUMNS_STORED = tl.constexpr(PLANAR_TILE_COLUMNS)
@@ -20,7 +20,15 @@ FP16_PAIR_1 = tl.constexpr(PLANE_ASSEMBLY["fp16", 4, 1])
 BF16_PAIR_0 = tl.constexpr(PLANE_ASSEMBLY["bf16", 4, 0])
 BF16_PAIR_1 = tl.constexpr(PLANE_ASSEMBLY["bf16", 4, 1])
 FP16_BYTES = tl.constexpr(PLANE_ASSEMBLY["fp16", 8, 0])
+BF16_UNIT = tl.constexpr(WEIGHT_UNITS["bf16", 4])
 BF16_BYTES = tl.constexpr(PLANE_ASSEMBLY["bf16", 8, 0])
+
+
+@triton.jit
+def weight_unit(BITS: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
+    """What `plane_pair` counts weights in: a power of two, so that multiplying a sum by it rounds nothing."""
+    UNIT: tl.constexpr = BF16_UNIT if BITS == 4 and dtype == tl.bfloat16 else 1.0
+    return tl.full((), UNIT, tl.float32)
 
 
 @triton.jit
@@ -33,7 +41,7 @@ def plane_pair(
     dtype: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> tl.tuple:
-    """Planes 2 * PAIR and 2 * PAIR + 1 of int16 words [N, R], less their zero points: integers in dtype, exact.
+    """Planes 2 * PAIR and 2 * PAIR + 1 of int16 words [N, R], less their zero points: exact, in dtype, of weight_unit.
 
     low_pairs, high_pairs: int32 [N], the (scale, zero point) of each plane's group.
     """
@@ -71,7 +79,8 @@ def plane_numbers(
     codes = (words >> (BITS * PLANE)) & (2**BITS - 1)
     # ten bits of mantissa under the 1024 that is added to a zero point
     zeros = (pairs >> 16) & 0x3FF
-    return operand((codes.to(tl.int32) - zeros[:, None]).to(tl.float32).to(dtype), INTERPRETED=True)
+    numbers = (codes.to(tl.int32) - zeros[:, None]).to(tl.float32) / weight_unit(BITS, dtype)
+    return operand(numbers.to(dtype), INTERPRETED=True)
 
 
 @triton.jit
@@ -152,7 +161,7 @@ def multiply_blocks(
         words_ptr += WORD_ROWS * TILE_COLUMNS_STORED
         pairs_ptr += PAIRS_PER_BLOCK
         x_ptr += BLOCK
-    return total
+    return total * weight_unit(BITS, dtype)
 
 
 @triton.jit

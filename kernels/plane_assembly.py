@@ -1,9 +1,11 @@
 """PTX that turns packed codes into weights: two neighbouring int16 words of a lane to two registers of two weights.
 
-Operands: $0, $1 the planes' weights (code - zero point) as fp16 or bf16 pairs; $2 two words; $3 the low plane's
-(scale, zero point) pair, which $4 repeats; $5 the high plane's, which $6 repeats. Or-ing a small integer q into the
-bits of 1024 (fp16) or 128 (bf16) gives the number 1024 + q or 128 + q; fp16 also has room for 1024 + 16 q, which
-saves shifts. Every step is exact: the integers are below 2048 (fp16) or 256 (bf16).
+Operands: $0, $1 the planes' weights (code - zero point, in WEIGHT_UNITS) as fp16 or bf16 pairs; $2 two words; $3 the
+low plane's (scale, zero point) pair, which $4 repeats; $5 the high plane's, which $6 repeats. Or-ing a small integer q into
+the bits of 1024 (fp16) or 128 (bf16) gives the number 1024 + q or 128 + q; fp16 also has room for 1024 + 16 q, which
+saves shifts. In bf16 a nibble at bits 4 to 7 reaches into the exponent; but with nothing else in it, the number is
+16 q * 2**-133, because the subnormal numbers and the first normal ones are evenly spaced, and PTX keeps subnormal
+operands of bf16. Every step is exact: the integers are below 2048 (fp16) or 256 (bf16).
 """
 
 # or-ed to the nibbles of two words; 0xEA is the truth table of (a & b) | c
@@ -35,17 +37,24 @@ def _fp16_nibbles(pair: int) -> list[str]:
 
 
 def _bf16_nibbles(pair: int) -> list[str]:
-    lines = ["mov.b32 c, 0x3F803F80;"]
-    for plane, operand in enumerate(("$3", "$5")):
-        lines += [
-            f"shr.u32 t, $2, {8 * pair + 4 * plane};",
-            *_zero_point(operand),
-            # from the bits of 1024 + zero point to those of -(128 + zero point) in bf16
-            "xor.b32 z, z, 0xA700A700;",
-            BF16_LOW,
-            f"fma.rn.bf16x2 ${plane}, u, c, z;",
-        ]
-    return lines
+    """A quarter of the weights: the largest power of two that a number of bf16 is multiplied with allows no more."""
+    return [
+        f"shr.u32 t, $2, {8 * pair};",
+        # a zero point's byte under the exponent of -(32 + zero point / 4)
+        "prmt.b32 z, $3, 0xC2C2C2C2, 0x4242;",
+        BF16_LOW,
+        "mov.b32 c, 0x3E803E80;",
+        # (128 + q) / 4 - (32 + zero point / 4)
+        "fma.rn.bf16x2 $0, u, c, z;",
+        "prmt.b32 z, $5, 0xC2C2C2C2, 0x4242;",
+        "mov.b32 u, 0x3F803F80;",
+        "mov.b32 c, 0x42004200;",
+        "fma.rn.bf16x2 z, z, u, c;",
+        "and.b32 u, t, 0x00F000F0;",
+        "mov.b32 c, 0x7F007F00;",
+        # 16 q * 2**-133 * 2**127 - zero point / 4
+        "fma.rn.bf16x2 $1, u, c, z;",
+    ]
 
 
 def _byte_differences(plane: int, operand: str, out: str) -> list[str]:
@@ -80,3 +89,6 @@ PLANE_ASSEMBLY = {
     ("fp16", 8, 0): _block([*_byte_differences(0, "$3", "$0"), *_byte_differences(1, "$5", "$1")]),
     ("bf16", 8, 0): _block(_bf16_bytes()),
 }
+
+# (dtype, bits) -> what the weights are multiplied with once their products are summed, to be code - zero point
+WEIGHT_UNITS = {("fp16", 4): 1.0, ("bf16", 4): 4.0, ("fp16", 8): 1.0, ("bf16", 8): 1.0}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.plane_assembly import PLANE_ASSEMBLY
+from kernels.plane_assembly import PLANE_ASSEMBLY, WEIGHT_UNITS
 
 EVERY_WORD = torch.arange(2**16)
 HALVES = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
@@ -68,7 +68,7 @@ def fuse_halves(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, b: a >> b,
-    "xor.b32": lambda a, b: a ^ b,
+    "and.b32": lambda a, b: a & b,
     # 0xEA is the truth table of (a & b) | c
     "lop3.b32": lambda a, b, c, table: (a & b) | c if int(table) == 0xEA else torch.tensor(float("nan")),
     "prmt.b32": permute_bytes,
@@ -109,4 +109,4 @@ def test_the_assembly_gives_code_less_zero_point_for_every_word(dtype: str, bits
                 :, int(half == "high")
             ]
             codes = (EVERY_WORD >> (bits * (2 * pair + plane))) & (2**bits - 1)
-            assert torch.equal(weights, (codes - zero).double())
+            assert torch.equal(weights * WEIGHT_UNITS[dtype, bits], (codes - zero).double())

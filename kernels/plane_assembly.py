@@ -1,10 +1,10 @@
 """PTX that turns packed codes into weights: two neighbouring int16 words of a lane to two registers of two weights.
 
 Operands: $0, $1 the planes' weights (code - zero point, in WEIGHT_UNITS) as fp16 or bf16 pairs; $2 two words; $3 the
-low plane's (scale, zero point) pair, which $4 repeats; $5 the high plane's, which $6 repeats. Or-ing a small
-integer q into the bits of 1024 (fp16) or 128 (bf16) gives the number 1024 + q or 128 + q; fp16 also has room for 1024 + 16 q, which
-saves shifts. In bf16 a nibble at bits 4 to 7 reaches into the exponent; but with nothing else in it, the number is
-16 q * 2**-133, because the subnormal numbers and the first normal ones are evenly spaced, and PTX keeps subnormal
+low plane's (scale, zero point) pair, which $4 repeats; $5 the high plane's, which $6 repeats. Or-ing a small integer
+q into the bits of 1024 (fp16) or 128 (bf16) gives the number 1024 + q or 128 + q; fp16 also has room for 1024 + 16 q,
+which saves shifts. In bf16 a nibble at bits 4 to 7 reaches into the exponent; but with nothing else in it, the number
+is 16 q * 2**-133, because the subnormal numbers and the first normal ones are evenly spaced, and PTX keeps subnormal
 operands of bf16. Every step is exact: the integers are below 2048 (fp16) or 256 (bf16).
 """
 

@@ -146,7 +146,8 @@ def round_folded(
     results = {}
     for group in groups:
         choice, scale = folded[group.observed].choice, folded[group.observed].scale
-        gram = statistics.inputs[group.observed].gram / (scale[:, None] * scale[None, :])
+        square = scale[:, None] * scale[None, :]
+        gram = torch.div(statistics.inputs[group.observed].gram, square, out=square)
         weights = {name: linear_of(block, name).weight.detach() / scale for name in group.linears}
         moments = statistics.moments.get(group.observed)
         targets = weights if moments is None else correct(weights, moments)

@@ -113,11 +113,15 @@ def _search_stages(
         # what is yet to be rounded is to see what will be stored
         round_plain_parameters(block, name, plan)
         results |= round_folded(block, waves[0], plan, statistics, folded)
+        # before the next are added up: the widest input's take as much as half a block
+        del statistics
         for number, wave in enumerate(waves[1:], start=1):
             pair.current.settle(settled_children(plan.order, waves[number:], stages[place + 1 :]))
             # what it reads, and the stream it adds to, have changed with what was rounded before it
-            changed = _capture(pair, [wave], plan, token_weights).unscaled(folded[wave[0].observed].scale)
+            changed = _capture(pair, [wave], plan, token_weights)
+            changed.unscale_(folded[wave[0].observed].scale)
             results |= round_folded(block, wave, plan, changed, folded)
+            del changed
     return results, channels
 
 
@@ -239,14 +243,16 @@ def _fold(
     choices = choose_scales(block, stage, plan, statistics.inputs)
     if not plan.steps.scales:
         return keep_scales(block, stage, choices)
-    before = copy.deepcopy(block.state_dict())
+    touched = {name for group in stage for name in (*group.linears, *group.kept)}
+    touched |= {group.source.name for group in stage if group.source is not None}
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items() if name.rpartition(".")[0] in touched}
     with fast_products():
         expected = current.run(0).hidden
         folded = fold_scales(block, stage, choices)
         reached = current.run(0).hidden
     if _change(reached, expected, current.chunks[0].hidden) < MAX_FOLD_ERROR:
         return folded
-    block.load_state_dict(before)
+    block.load_state_dict(before, strict=False)
     return keep_scales(block, stage, choices)
 
 

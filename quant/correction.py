@@ -39,13 +39,13 @@ class Moments:
         targets = {name: target + other.targets[name] for name, target in self.targets.items()}
         return Moments(self.gram + other.gram, cross, targets)
 
-    def unscaled(self, scale: Tensor) -> "Moments":
-        """The moments of inputs Y before they were divided by scale [K]."""
-        return Moments(
-            gram=self.gram * (scale[:, None] * scale[None, :]),
-            cross=None if self.cross is None else self.cross * scale,
-            targets={name: target * scale for name, target in self.targets.items()},
-        )
+    def unscale_(self, scale: Tensor, square: Tensor) -> None:
+        """Make them those of inputs Y before they were divided by scale [K], in place; square: its outer product."""
+        self.gram.mul_(square)
+        if self.cross is not None:
+            self.cross.mul_(scale)
+        for target in self.targets.values():
+            target.mul_(scale)
 
     def target(self, name: str, weight: Tensor, step: int) -> Tensor:
         """What every step-th output of the named linear should be, against the inputs: T^T Y [N / step, K].
@@ -73,18 +73,20 @@ def correct(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict[str, T
     T is W X, and where the linear adds to the stream W X + E, E being how far the stream has drifted.
     V = (T^T Y + r W) (Y^T Y + r)^-1. The ridge r is the one of RIDGES whose V, fitted to most tokens, is best
     on the rest, for each linear its own; where none is better there than W, that is returned: little text, or text of
-    many kinds, moves little. All linears read one input.
+    many kinds, moves little. So is W where float32 cannot solve for V: with few tokens the rounding of the products
+    that were summed can outweigh a small ridge. All linears read one input.
     """
     ridges = _choose_ridges(weights, moments)
     corrected = dict(weights)
-    whole = moments.fit + moments.held_out
-    for ridge in dict.fromkeys(ridges.values()):
+    chosen = [ridge for ridge in dict.fromkeys(ridges.values()) if ridge is not None]
+    whole = moments.fit + moments.held_out if chosen else moments.fit
+    for ridge in chosen:
         names = [name for name in weights if ridges[name] == ridge]
-        if ridge is not None:
-            rows = torch.cat([weights[name] for name in names])
-            target = torch.cat([whole.target(name, weights[name], 1) for name in names])
-            solved = torch.split(_solve(rows, target, whole.gram, ridge), [len(weights[name]) for name in names])
-            corrected |= zip(names, solved, strict=True)
+        rows = torch.cat([weights[name] for name in names])
+        target = torch.cat([whole.target(name, weights[name], 1) for name in names])
+        solved = _solve(rows, target, whole.gram, ridge)
+        if solved is not None:
+            corrected |= zip(names, torch.split(solved, [len(weights[name]) for name in names]), strict=True)
     return corrected
 
 
@@ -106,17 +108,21 @@ def _choose_ridges(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict
 
     tried: dict[float | None, list[float]] = {None: errors(rows)}
     for ridge in RIDGES:
-        tried[ridge] = errors(_solve(rows, fitted, moments.fit.gram, ridge))
+        solved = _solve(rows, fitted, moments.fit.gram, ridge)
+        if solved is not None:
+            tried[ridge] = errors(solved)
     # the first of equals: a weight that gains nothing stays as it is
     return {name: min(tried, key=lambda ridge: tried[ridge][place]) for place, name in enumerate(weights)}
 
 
-def _solve(weight: Tensor, target: Tensor, gram: Tensor, ridge: float) -> Tensor:
+def _solve(weight: Tensor, target: Tensor, gram: Tensor, ridge: float) -> Tensor | None:
+    """V for one ridge; None where float32 does not hold the penalised gram as positive definite."""
     power = gram.diagonal().mean().clamp(min=SMALLEST_POWER)
     penalty = ridge * power
-    # the ridge makes it positive definite by a margin that float32 holds, whatever the tokens
     penalised = gram.clone()
     penalised.diagonal().add_(penalty)
-    factor = torch.linalg.cholesky(penalised)
+    factor, failed = torch.linalg.cholesky_ex(penalised)
     del penalised
+    if failed:
+        return None
     return torch.cholesky_solve((target + penalty * weight).T, factor).T.contiguous()

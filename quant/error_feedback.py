@@ -31,7 +31,7 @@ def round_with_feedback(weight: Tensor, gram: Tensor, grid: GroupGrid, bits: int
     Raises QuantizationError when the gram cannot be factored.
     """
     order = gram.diagonal().argsort(descending=True)
-    factor = _inverse_factor(shrink(gram)[order][:, order])
+    factor = _inverse_factor(shrink(gram[order[:, None], order]))
     groups = (order // (weight.shape[1] // grid.scales.shape[1])).tolist()
     # columns as rows: contiguous, so that a column is one read
     columns = weight.T[order].contiguous()
@@ -76,18 +76,25 @@ def _round_columns(columns: Tensor, factor: Tensor, grids: _ColumnGrids, groups:
 
 def shrink(gram: Tensor) -> Tensor:
     """The gram [K, K] with SHRINKAGE of its correlations taken away; the power of the channels stays."""
-    return torch.lerp(gram, torch.diag(gram.diagonal()), SHRINKAGE)
+    shrunk = torch.lerp(gram, gram.new_zeros(()), SHRINKAGE)
+    shrunk.diagonal().copy_(gram.diagonal())
+    return shrunk
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """The upper triangular U with U^T U = (gram + damping)^-1, float32 [K, K]."""
     mean_power = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damping = DAMPING
+    factor: Tensor
     for _ in range(1 + MAX_DAMPING_RETRIES):
-        lower, failed = torch.linalg.cholesky_ex(gram + torch.eye(len(gram)) * (damping * mean_power))
+        damped = gram.clone()
+        damped.diagonal().add_(damping * mean_power)
+        # one name for all: what a step has read is let go before the next
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            factor: Tensor
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not failed:
                 return factor
         damping *= 10

@@ -50,19 +50,18 @@ class PairStatistics:
     inputs: Mapping[str, InputStatistics]
     moments: Mapping[str, SplitMoments]
 
-    def unscaled(self, scale: Tensor) -> "PairStatistics":
-        """The same of inputs before they were divided by scale [K] in the current stream; all are of that width."""
+    def unscale_(self, scale: Tensor) -> None:
+        """Make them, in place, those of inputs before they were divided by scale [K] in the current stream.
+
+        All are of that width.
+        """
         square = scale[:, None] * scale[None, :]
-        return PairStatistics(
-            inputs={
-                name: InputStatistics(entry.gram * square, entry.mean_magnitude * scale)
-                for name, entry in self.inputs.items()
-            },
-            moments={
-                name: SplitMoments(entry.fit.unscaled(scale), entry.held_out.unscaled(scale))
-                for name, entry in self.moments.items()
-            },
-        )
+        for entry in self.inputs.values():
+            entry.gram.mul_(square)
+            entry.mean_magnitude.mul_(scale)
+        for moments in self.moments.values():
+            moments.fit.unscale_(scale, square)
+            moments.held_out.unscale_(scale, square)
 
 
 class _GramSum:
@@ -80,8 +79,12 @@ class _GramSum:
 
     def result(self) -> Tensor:
         """The whole sum, in the memory that it was added up in."""
-        mirror = self._upper.triu(1).T
-        return self._upper.triu_().add_(mirror)
+        for start in range(0, len(self._upper), self._width):
+            panel = slice(start, start + self._width)
+            self._upper[panel, :start] = self._upper[:start, panel].T
+            own = self._upper[panel, panel]
+            own.copy_(own.triu() + own.triu(1).T)
+        return self._upper
 
 
 class StatisticsSum:
@@ -104,11 +107,14 @@ class StatisticsSum:
         return self._num_tokens
 
     def result(self) -> InputStatistics:
-        """The means over all tokens counted. Where there were none, every channel counts the same."""
+        """The means over all tokens counted, in the sums' memory: nothing can be counted any more.
+
+        Where there were no tokens, every channel counts the same.
+        """
         if self._num_tokens == 0:
             return InputStatistics(torch.eye(len(self._magnitude)), torch.ones_like(self._magnitude))
         return InputStatistics(
-            gram=self._gram.result() / self._num_tokens, mean_magnitude=self._magnitude / self._num_tokens
+            gram=self._gram.result().div_(self._num_tokens), mean_magnitude=self._magnitude / self._num_tokens
         )
 
 
@@ -149,7 +155,7 @@ class PairSum:
     def result(self) -> tuple[InputStatistics, SplitMoments]:
         """What scales and ranges are searched with, and what the linears are corrected with."""
         fit, held_out = (Moments(part.gram.result(), part.cross, part.targets) for part in self._parts)
-        gram = (fit.gram + held_out.gram) / self._num_tokens
+        gram = torch.add(fit.gram, held_out.gram).div_(self._num_tokens)
         return InputStatistics(gram, self._magnitude / self._num_tokens), SplitMoments(fit, held_out)
 
 

@@ -94,3 +94,15 @@ def test_linears_that_read_one_input_are_corrected_as_each_would_be_alone() -> N
 
     for name, weight in weights.items():
         torch.testing.assert_close(together[name], correct({name: weight}, moments)[name])
+
+
+def test_sums_too_rough_to_be_solved_leave_the_weight_alone() -> None:
+    # given products that were rounded before they were summed, so that the gram is no longer positive definite
+    inputs = noise(40, NUM_FEATURES, seed=0)
+    rough = 1000 * (torch.ones(NUM_FEATURES, NUM_FEATURES) - torch.eye(NUM_FEATURES))
+    moments = Moments(gram=inputs.T @ inputs + rough, cross=inputs.T @ inputs, targets={})
+    weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
+
+    corrected = corrected_of(weight, SplitMoments(moments, moments))
+
+    assert torch.equal(corrected, weight)

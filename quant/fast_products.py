@@ -1,7 +1,8 @@
 """Matrix products of float32 that may read bfloat16, as models are run. For runs of a model, not for searches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kernels.cpu import cpu_traits
+
+_ATTENTION: object = functional.scaled_dot_product_attention
 
 
 @contextmanager
@@ -34,18 +37,22 @@ def product_dtype() -> torch.dtype:
     return cpu_traits().dense_dtype
 
 
+class _TorchFunction(Protocol):
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
+
+
 class _FastAttention(TorchFunctionMode):
     """Attention over float32 in bfloat16: torch's own on the CPU reads float32 whatever precision is allowed."""
 
     def __torch_function__(
         self,
-        func: Callable[..., object],
+        func: _TorchFunction,
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         named = kwargs or {}
-        if func is not functional.scaled_dot_product_attention or product_dtype() is not torch.bfloat16:
+        if func is not _ATTENTION or product_dtype() is not torch.bfloat16:
             return func(*args, **named)
         output = func(*map(_shorten, args), **{name: _shorten(value) for name, value in named.items()})
         return output.float() if isinstance(output, Tensor) else output

@@ -1,5 +1,6 @@
 """Low-rank adapters on a CPU: each tile of rows multiplies with its own adapter, in turn."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -17,7 +18,7 @@ def add_lora(out: Tensor, x: Tensor, stack: LoraStack, rows: AdapterRows) -> Non
         places = rows.order[start:stop]
         tile = x.new_zeros((LORA_ROWS, x.shape[1]))
         tile[: len(places)] = x[places]
-        inner = linear(tile, stack.down[adapter]).split(rank, dim=1)
+        inner = torch.split(linear(tile, stack.down[adapter]), rank, dim=1)
         first = 0
         for of_part, width in zip(inner, stack.part_widths, strict=True):
             columns = slice(first, first + width)

@@ -149,7 +149,7 @@ def add_lora(out: Tensor, x: Tensor, stack: LoraStack, adapters: Tensor) -> Tens
         if adapter < 0:
             continue
         inner = (stack.down[adapter].float() @ x[row].float()).to(x.dtype).float().view(-1, stack.rank)
-        ups = stack.up[adapter].float().split(stack.part_widths)
+        ups = torch.split(stack.up[adapter].float(), list(stack.part_widths))
         added = torch.cat([up @ of_part for up, of_part in zip(ups, inner, strict=True)])
         total[row] = (total[row].float() + added).to(out.dtype)
     return total

@@ -129,8 +129,8 @@ MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_R
 # inputs that a program over experts which are not quantized multiplies a step
 DENSE_BLOCK = 64
 
-# outputs that one program adds what an adapter makes of its rows to, the most values of its rank that one makes, and the
-# warps of either
+# outputs that one program adds an adapter's product to, the most values of a rank that one makes, and the warps of
+# either
 LORA_COLUMNS = 128
 MAX_LORA_DOWN_COLUMNS = 64
 LORA_WARPS = 4

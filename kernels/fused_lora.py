@@ -15,7 +15,7 @@ from kernels.lora import LORA_ROWS, RANK_MULTIPLE, AdapterRows, LoraStack, check
 from kernels.tiles import DENSE_BLOCK, LORA_COLUMNS, LORA_WARPS, lora_down_columns, lora_splits
 
 
-@triton.jit(do_not_specialize=["num_rows", "inputs_per_split"])
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_split"])
 def lora_down_kernel(
     x_ptr: tl.tensor,
     down_ptr: tl.tensor,
@@ -27,7 +27,7 @@ def lora_down_kernel(
     num_columns: tl.tensor,
     num_inputs: tl.tensor,
     x_stride: tl.tensor,
-    inputs_per_split: tl.tensor,
+    blocks_per_split: tl.tensor,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -35,7 +35,7 @@ def lora_down_kernel(
 ) -> None:
     """Program (column tile, row tile, split): parts float32 [S, A, P * R] of rows in order, for down [L, P * R, K].
 
-    inputs_per_split is a multiple of BLOCK.
+    blocks_per_split: how many BLOCKs of K a split has.
     """
     tile = tl.program_id(1)
     split = tl.program_id(2)
@@ -52,8 +52,10 @@ def lora_down_kernel(
     down_ptrs = down_ptr + tl.minimum(columns, num_columns - 1)[:, None] * num_inputs + inputs[None, :]
     x_ptrs = x_ptr + (places * x_stride)[None, :] + inputs[:, None]
     total = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
-    first_split_input = split * inputs_per_split
-    for first_input in range(first_split_input, tl.minimum(first_split_input + inputs_per_split, num_inputs), BLOCK):
+    first_block = split * blocks_per_split
+    last_block = tl.minimum(first_block + blocks_per_split, tl.cdiv(num_inputs, BLOCK))
+    for block in range(first_block, last_block):
+        first_input = block * BLOCK
         inside = first_input + inputs < num_inputs
         weights = tl.load(down_ptrs + first_input, mask=inside[None, :], other=0.0)
         x = tl.load(x_ptrs + first_input, mask=inside[:, None], other=0.0)
@@ -133,24 +135,29 @@ def add_lora(out: Tensor, x: Tensor, stack: LoraStack, rows: AdapterRows) -> Non
     if not stack.down.is_contiguous() or not stack.up.is_contiguous():
         raise ValueError("the adapters' weights must be contiguous")
     launch_arch({"x": x, "out": out, "down": stack.down, "up": stack.up, "order": rows.order})
-    num_rows, num_tiles = len(rows.order), len(rows.tile_adapters)
-    if num_rows == 0:
-        return
+    if len(rows.order):
+        _multiply_up(out, _multiply_down(x, stack, rows), stack, rows)
+
+
+def _multiply_down(x: Tensor, stack: LoraStack, rows: AdapterRows) -> Tensor:
+    """Of the rows in order, the parts float32 [S, A, P * R]."""
+    num_rows = len(rows.order)
     _, num_hidden, num_inputs = stack.down.shape
     num_splits = lora_splits(num_inputs)
     parts = torch.empty((num_splits, num_rows, num_hidden), dtype=torch.float32, device=x.device)
-    plan = (rows.order, rows.tile_adapters, rows.tile_rows)
     down_columns = lora_down_columns(num_hidden)
-    lora_down_kernel[(triton.cdiv(num_hidden, down_columns), num_tiles, num_splits)](
+    lora_down_kernel[(triton.cdiv(num_hidden, down_columns), len(rows.tile_adapters), num_splits)](
         x,
         stack.down,
-        *plan,
+        rows.order,
+        rows.tile_adapters,
+        rows.tile_rows,
         parts,
         num_rows,
         num_hidden,
         num_inputs,
         x.stride(0),
-        triton.cdiv(triton.cdiv(num_inputs, DENSE_BLOCK), num_splits) * DENSE_BLOCK,
+        triton.cdiv(triton.cdiv(num_inputs, DENSE_BLOCK), num_splits),
         TILE_ROWS=LORA_ROWS,
         TILE_COLUMNS=down_columns,
         BLOCK=DENSE_BLOCK,
@@ -158,13 +165,21 @@ def add_lora(out: Tensor, x: Tensor, stack: LoraStack, rows: AdapterRows) -> Non
         num_warps=LORA_WARPS,
         enable_fp_fusion=FUSE_FLOATS,
     )
+    return parts
+
+
+def _multiply_up(out: Tensor, parts: Tensor, stack: LoraStack, rows: AdapterRows) -> None:
+    num_splits, num_rows, num_hidden = parts.shape
+    num_tiles = len(rows.tile_adapters)
     ends = [sum(stack.part_widths[: part + 1]) for part in range(len(stack.part_widths))]
     # a part that there is not ends where the last one does
     first_end, second_end = (*ends, ends[-1])[:2]
     lora_up_kernel[(sum(triton.cdiv(width, LORA_COLUMNS) for width in stack.part_widths), num_tiles)](
         parts,
         stack.up,
-        *plan,
+        rows.order,
+        rows.tile_adapters,
+        rows.tile_rows,
         out,
         num_rows,
         num_splits,

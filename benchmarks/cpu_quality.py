@@ -78,7 +78,7 @@ def run(model: LoadedModel, token_ids: Tensor) -> Tensor:
         block_tables=np.arange(num_blocks, dtype=np.int32)[None],
         sampling_rows=(),
     )
-    step = build_step_tensors(plan, range(1), BLOCK_SIZE, CPU)
+    step = build_step_tensors(plan, range(1), BLOCK_SIZE, CPU, {})
     layers = [_allocate(model, num_blocks) for _ in range(config.num_layers)]
     return model.decoder.compute_logits(model.decoder.forward(step.token_ids, step.positions, step.batch, layers))
 

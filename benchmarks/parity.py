@@ -105,7 +105,7 @@ def _largest_difference(
     largest = 0.0
     for spans in steps:
         plan = _plan(spans, sequences)
-        step = build_step_tensors(plan, range(len(spans)), BLOCK_SIZE, CPU)
+        step = build_step_tensors(plan, range(len(spans)), BLOCK_SIZE, CPU, {})
         hidden = model.decoder.forward(step.token_ids, step.positions, step.batch, caches)
         found = model.decoder.compute_logits(hidden).log_softmax(dim=-1)
         wanted = torch.cat([expected[span.sequence][span.start : span.stop] for span in spans])

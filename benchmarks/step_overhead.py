@@ -78,7 +78,7 @@ def _time_step(scheduler: Scheduler) -> tuple[float, float, float, float]:
     plan = scheduler.plan_step()
     planned = perf_counter()
     assert plan is not None
-    build_step_tensors(plan, range(len(plan.request_ids)), BLOCK_SIZE, torch.device("cpu"))
+    build_step_tensors(plan, range(len(plan.request_ids)), BLOCK_SIZE, torch.device("cpu"), {})
     built = perf_counter()
     result = _answer(plan)
     answered = perf_counter()

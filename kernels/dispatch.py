@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_attention, cpu_experts, reference
+from kernels import cpu, cpu_attention, cpu_experts, cpu_lora, reference
 from kernels.cpu_attention import CpuAttentionPlan
 from kernels.cpu_experts import CpuExpertPlan, CpuExperts
 from kernels.experts import PackedExperts, Routing, SortedRows, stack_experts, with_scales_alike
@@ -19,6 +19,7 @@ from kernels.layout import (
     repack_int4_cpu,
     repack_planar,
 )
+from kernels.lora import AdapterRows, LoraStack
 from kernels.paged_batch import AttentionBatch, PagedLayer
 from kernels.rotary import HeadNorms, Rotation
 from kernels.tiles import grouped_rows, is_dense
@@ -152,6 +153,16 @@ def sum_choices(choices: Tensor, router: Tensor) -> Tensor:
     from kernels.grouped_int4 import sum_choices
 
     return sum_choices(choices, router)
+
+
+def add_lora(out: Tensor, x: Tensor, stack: LoraStack, rows: AdapterRows) -> None:
+    """Add to rows of out [T, N] what their adapters make of those of x [T, K]; the others are not touched."""
+    if not runs_triton(x.device):
+        cpu_lora.add_lora(out, x, stack, rows)
+        return
+    from kernels.fused_lora import add_lora
+
+    add_lora(out, x, stack, rows)
 
 
 def gather_rows(token_ids: Tensor, table: Tensor) -> Tensor:

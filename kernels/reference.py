@@ -6,6 +6,7 @@ from torch import Tensor
 from kernels import kv_codes
 from kernels.experts import Routing, SortedRows, num_tiles_of
 from kernels.layout import PackedWeight, unpack
+from kernels.lora import LoraStack
 from kernels.paged_batch import AttentionBatch, PagedLayer
 
 
@@ -136,3 +137,19 @@ def sum_choices(choices: Tensor, router: Tensor) -> Tensor:
     """choices [T * C, N] weighted by router [T, C], summed over C in float32: [T, N] in the dtype of the choices."""
     weighted = choices.float().view(*router.shape, -1) * router[..., None]
     return weighted.sum(dim=1).to(choices.dtype)
+
+
+def add_lora(out: Tensor, x: Tensor, stack: LoraStack, adapters: Tensor) -> Tensor:
+    """out [T, N] with what the adapters int64 [T] of its rows make of x [T, K] added; -1 is a row that has none.
+
+    Products in float32; what is between the two, and the sum, are rounded to x's dtype.
+    """
+    total = out.clone()
+    for row, adapter in enumerate(adapters.tolist()):
+        if adapter < 0:
+            continue
+        inner = (stack.down[adapter].float() @ x[row].float()).to(x.dtype).float().view(-1, stack.rank)
+        ups = torch.split(stack.up[adapter].float(), list(stack.part_widths))
+        added = torch.cat([up @ of_part for up, of_part in zip(ups, inner, strict=True)])
+        total[row] = (total[row].float() + added).to(out.dtype)
+    return total

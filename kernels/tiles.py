@@ -129,6 +129,13 @@ MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_R
 # inputs that a program over experts which are not quantized multiplies a step
 DENSE_BLOCK = 64
 
+# outputs that one program adds an adapter's product to, the most values of a rank that one makes, and the warps of
+# either
+LORA_COLUMNS = 128
+MAX_LORA_DOWN_COLUMNS = 64
+LORA_WARPS = 4
+MAX_LORA_SPLITS = 16
+
 # assignments that one program places among all, tiles that one plans at a time, and the warps of either
 SORTED_ASSIGNMENTS = 128
 PLANNED_TILES = 16
@@ -215,6 +222,20 @@ def grouped_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
 def grouped_dense_tile(arch: int, num_rows: int) -> LinearTile:
     """The tile over experts that are not quantized: that of the quantized ones, three blocks of K in flight."""
     return replace(grouped_tile(arch, num_rows, group_size=128), num_stages=3)
+
+
+def lora_down_columns(num_hidden: int) -> int:
+    """Values that one program makes of a row's num_hidden, of all parts of a layer together."""
+    return min(max(next_power_of_two(num_hidden), MIN_GROUPED_ROWS), MAX_LORA_DOWN_COLUMNS)
+
+
+def lora_splits(num_inputs: int) -> int:
+    """How many parts K is cut into: there are few columns, and so few programs. A function of K alone."""
+    num_blocks = -(-num_inputs // DENSE_BLOCK)
+    splits = 1
+    while splits < MAX_LORA_SPLITS and num_blocks >= 2 * splits * MIN_BLOCKS_PER_SPLIT:
+        splits *= 2
+    return splits
 
 
 def head_tile(width: int) -> int:

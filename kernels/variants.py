@@ -1,12 +1,13 @@
 """The families of kernels: every (kernel, architecture, tile, dtype, group) that the server may launch is in one."""
 
-from kernels import attention_variants, fused_variants, linear_variants, sampling_variants
+from kernels import attention_variants, fused_variants, linear_variants, lora_variants, sampling_variants
 from kernels.variant import Family, Variant
 
 FAMILIES: tuple[Family, ...] = (
     linear_variants.FAMILY,
     attention_variants.FAMILY,
     fused_variants.FAMILY,
+    lora_variants.FAMILY,
     sampling_variants.FAMILY,
 )
 KERNELS = {name: kernel for family in FAMILIES for name, kernel in family.kernels.items()}

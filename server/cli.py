@@ -126,6 +126,7 @@ def run_server(settings: Settings) -> str | None:
     listener = listen(settings.host, settings.port)
     model_path = locate_model(settings)
     tokenizer = Tokenizer.load(model_path)
+    check_adapters(settings, name_model(settings, model_path))
     served = ServedModel(name_model(settings, model_path), str(model_path), int(time.time()))
     engine = ProcessEngineClient(settings.engine_config(model_path), listener=EngineLog())
     quantizable, settings = allow_demo_as_source(settings)
@@ -170,6 +171,18 @@ def name_model(settings: Settings, path: Path) -> str:
         return path.name
     # the hub's cache has it in a directory named after a commit
     return settings.model
+
+
+def check_adapters(settings: Settings, model_name: str) -> None:
+    """Raise StartRefused for an adapter that is nowhere, or has the model's name; the engine looks at what is in it."""
+    for adapter in settings.lora:
+        if adapter.name == model_name:
+            raise StartRefused(f"the adapter {adapter.name} has the model's name; give it another: --lora NAME=PATH")
+        if not (Path(adapter.path) / "adapter_config.json").is_file():
+            raise StartRefused(
+                f"the adapter {adapter.name}: {adapter.path} has no adapter_config.json; name a directory that PEFT "
+                "saved an adapter in"
+            )
 
 
 def allow_demo_as_source(settings: Settings) -> tuple[str, Settings]:

@@ -18,7 +18,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from server.engine.config import CpuKernel, Device, DType, EngineConfig, GenerationConfig, KvCacheDType
+from server.engine.config import AdapterConfig, CpuKernel, Device, DType, EngineConfig, GenerationConfig, KvCacheDType
 
 ENVIRONMENT_PREFIX = "AWQ_SERVE_"
 # names the settings file itself, so it cannot be in one
@@ -49,6 +49,11 @@ class Settings(BaseSettings):
         str | None,
         Field(min_length=1, max_length=256, description="its name for clients; the hub's or directory's if not set"),
     ] = None
+    lora: Annotated[
+        tuple[AdapterConfig, ...],
+        NoDecode,
+        Field(description="NAME=PATH: a LoRA adapter of the model, which requests choose by NAME; may be repeated"),
+    ] = ()
     host: Annotated[str, Field(description="address to listen on; beyond this machine it needs an API key")] = (
         "127.0.0.1"
     )
@@ -138,6 +143,21 @@ class Settings(BaseSettings):
         """An environment variable holds several with commas between."""
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _parse_adapters(cls, value: object) -> object:
+        """NAME=PATH, in a list or with commas between."""
+        given = tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+        return tuple(map(parse_adapter, given)) if isinstance(given, list | tuple) else given
+
+    @field_validator("lora")
+    @classmethod
+    def _check_adapters(cls, adapters: tuple[AdapterConfig, ...]) -> tuple[AdapterConfig, ...]:
+        names = [adapter.name for adapter in adapters]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two adapters are called {twice}; give each a name of its own")
+        return adapters
+
     @field_validator("kv_cache_memory", mode="before")
     @classmethod
     def _parse_size(cls, value: object) -> object:
@@ -210,7 +230,18 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
             num_speculative_tokens=self.num_speculative_tokens,
+            adapters=self.lora,
         )
+
+
+def parse_adapter(given: object) -> object:
+    """NAME=PATH as an adapter; anything else but a string as it is. Raises ValueError for another string."""
+    if not isinstance(given, str):
+        return given
+    name, separator, path = given.partition("=")
+    if not separator or not path or not name.isprintable() or name.strip() != name or not 0 < len(name) <= 256:
+        raise ValueError(f"an adapter is given as NAME=PATH, and it is {given}")
+    return AdapterConfig(name, str(Path(path).expanduser().absolute()))
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,10 @@ router = APIRouter(tags=["models"])
 
 
 class ModelObject(BaseModel):
-    """status: "serving", or "finished" for a checkpoint that a restart with it would serve."""
+    """parent: the model that an adapter is of.
+
+    status: "serving", or "finished" for a checkpoint that a restart with it would serve.
+    """
 
     # `model_` is pydantic's own prefix, and OpenAI's too
     model_config = ConfigDict(protected_namespaces=())
@@ -24,6 +27,7 @@ class ModelObject(BaseModel):
     created: int
     owned_by: Literal["awq-serve"] = "awq-serve"
     root: str
+    parent: str | None = None
     max_model_len: int | None
     status: Literal["serving", "finished"]
 
@@ -47,7 +51,7 @@ async def get_model(model_id: str, services: ServicesOfApp) -> ModelObject:
 
 
 async def _models(services: Services) -> list[ModelObject]:
-    return [_served(services), *await asyncio.to_thread(_all_finished, services)]
+    return [_served(services), *_adapters(services), *await asyncio.to_thread(_all_finished, services)]
 
 
 def _served(services: Services) -> ModelObject:
@@ -61,10 +65,20 @@ def _served(services: Services) -> ModelObject:
     )
 
 
+def _adapters(services: Services) -> list[ModelObject]:
+    """As vLLM lists them: of the served model, and from their directories."""
+    served = _served(services)
+    return [
+        served.model_copy(update={"id": adapter.name, "root": adapter.path, "parent": served.id})
+        for adapter in services.settings.lora
+    ]
+
+
 def _all_finished(services: Services) -> list[ModelObject]:
     """Those that a request could not mean now; a name has one model. Reads the file system."""
     served = services.served_model
-    others = (path for path in services.finished_models() if path.name != served.name and str(path) != served.root)
+    names = {served.name, *(adapter.name for adapter in services.settings.lora)}
+    others = (path for path in services.finished_models() if path.name not in names and str(path) != served.root)
     return [model for path in others if (model := _finished(path)) is not None]
 
 

@@ -162,10 +162,14 @@ def stop_strings(fields: SamplingFields, settings: Settings) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Sender:
-    """Whom a request is from. tenant: a name for the key. arrived: when it came, by time.monotonic."""
+    """Whom a request is from, and what it is for. tenant: a name for the key. arrived: when it came, by time.monotonic.
+
+    adapter: the one that computes it, empty for the model alone.
+    """
 
     tenant: str
     arrived: float
+    adapter: str
 
 
 def generation_request(
@@ -181,6 +185,7 @@ def generation_request(
         priority=fields.priority or 0,
         owner=sender.tenant,
         deadline=None if fields.timeout is None else sender.arrived + fields.timeout,
+        adapter=sender.adapter,
     )
 
 

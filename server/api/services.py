@@ -27,6 +27,14 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class ChosenModel:
+    """What a request asked for. name: for its reply. adapter: what the engine calls it, empty for the model alone."""
+
+    name: str
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
 class Services:
     """Everything that answers requests. finished_models: the checkpoints that quantization jobs have made."""
 
@@ -38,11 +46,17 @@ class Services:
     metrics: Metrics
     finished_models: Callable[[], Sequence[Path]]
 
-    async def check_model(self, name: str | None) -> None:
-        """Raise NotFound for a model that is not the served one; no name means that one."""
+    async def choose_model(self, name: str | None) -> ChosenModel:
+        """The served model, or an adapter of it; no name means the model.
+
+        Raises NotFound for a name that is neither's.
+        """
         if name is None or name == self.served_model.name:
-            return
-        served = f"this server serves {self.served_model.name!r}"
+            return ChosenModel(self.served_model.name)
+        if any(adapter.name == name for adapter in self.settings.lora):
+            return ChosenModel(name, adapter=name)
+        names = [self.served_model.name, *(adapter.name for adapter in self.settings.lora)]
+        served = f"this server serves {' and '.join(map(repr, names))}"
         finished = await asyncio.to_thread(self.finished_models)
         if any(path.name == name for path in finished):
             sentence = f"the model {name!r} was made here but is not served; restart the server with it: {served}"

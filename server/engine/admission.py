@@ -9,6 +9,8 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 def check_request(request: GenerationRequest, model: ModelInfo) -> None:
     """Raise InvalidRequest or ContextLengthExceeded for a request that the engine could not carry to its end."""
     prompt, params = request.prompt_token_ids, request.sampling
+    if request.adapter and request.adapter not in model.adapters:
+        raise InvalidRequest(f"there is no adapter {request.adapter!r}", param="model")
     if not prompt:
         raise InvalidRequest("the prompt is empty: it must hold at least one token", param="prompt")
     if params.max_tokens < 1:

@@ -1,7 +1,7 @@
 """Wires an engine from its settings: device, model, KV cache, scheduler, runner. The loop comes out ready to step."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo, SamplingDefaults
 from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.model.adapter import Adapter, open_adapter
+from server.model.adapter_stacks import adapter_bytes
 from server.model.config import DTYPES, ModelConfig, read_model_config
 from server.model.decoder import Decoder
 from server.model.fixed_rows import fix_rows
@@ -103,9 +105,10 @@ def assemble_engine(
     directory = Path(config.model_path)
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
     kernels = _check_and_choose_kernels(config, read_model_config(directory), dtype, device)
-    _check_memory(config, directory, dtype, device, is_native=kernels.native is not None)
+    adapters = open_adapters(config, directory)
+    _check_memory(config, directory, dtype, device, adapters, is_native=kernels.native is not None)
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
-    model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len)
+    model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len, adapters)
     return wire_engine(config, model, device, kernels, sampling_defaults, publish)
 
 
@@ -134,6 +137,7 @@ def wire_engine(
         block_size=size.block_size,
         sampling_defaults=sampling_defaults,
         kernels=kernels.description,
+        adapters=tuple(adapter.name for adapter in config.adapters),
     )
     if kernels.native is not None:
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
@@ -149,7 +153,7 @@ def wire_engine(
     decoder = model.decoder
     if config.deterministic and max_rows_together is not None and isinstance(decoder, Decoder):
         decoder = fix_rows(decoder, max_rows_together)
-    runner = ModelRunner(decoder, allocate_layers(size, geometry, device), max_rows_together)
+    runner = ModelRunner(decoder, allocate_layers(size, geometry, device), max_rows_together, info.adapters)
     return EngineLoop(scheduler, runner, info, publish), info
 
 
@@ -200,20 +204,33 @@ def _check_speculation(config: EngineConfig, *, is_native: bool) -> None:
         )
 
 
+def open_adapters(config: EngineConfig, directory: Path) -> tuple[Adapter, ...]:
+    """Those of the settings, checked against the model. Raises CheckpointError naming what is wrong."""
+    model = read_model_config(directory)
+    return tuple(open_adapter(adapter.name, Path(adapter.path), model) for adapter in config.adapters)
+
+
 def _check_memory(
-    config: EngineConfig, directory: Path, dtype: torch.dtype | None, device: torch.device, *, is_native: bool
+    config: EngineConfig,
+    directory: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    adapters: Sequence[Adapter],
+    *,
+    is_native: bool,
 ) -> None:
-    """Raise EngineSetupError for weights that the device has no room for."""
+    """Raise EngineSetupError for weights and adapters that the device has no room for."""
     reader, model = CheckpointReader.open(directory), read_model_config(directory)
     if device.type == "cpu":
         # the native kernels keep the embedding as it is stored
-        check_host_fits(
-            weight_bytes(reader, None if is_native else dtype or torch.float32), host_memory.available_bytes()
-        )
+        computed = dtype or torch.float32
+        weights = weight_bytes(reader, None if is_native else computed) + adapter_bytes(adapters, model, computed)
+        check_host_fits(weights, host_memory.available_bytes())
         return
     dtype = dtype or model.dtype or torch.bfloat16
     workspace = _workspace(model, dtype, choose_limits(config, device))
-    check_gpu_fits(weight_bytes(reader, dtype), workspace, gpu_memory(device), config)
+    weights = weight_bytes(reader, dtype) + adapter_bytes(adapters, model, dtype)
+    check_gpu_fits(weights, workspace, gpu_memory(device), config)
 
 
 def _workspace(model: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits) -> int:

@@ -11,6 +11,14 @@ CpuKernel = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """name: what requests call it. path: the directory that PEFT saved it in."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """model_path: a checkpoint directory. Sizes are in tokens unless the name says otherwise.
 
@@ -26,6 +34,7 @@ class EngineConfig:
     prefix_caching: prompts that begin alike are computed once. deterministic: a request's tokens are bit for bit those
     that it gets alone, whatever is cached, preempted or computed beside it.
     num_speculative_tokens: guesses at what comes next that a step verifies for a sequence, at most; 0 for none.
+    adapters: those that requests may choose; all are in memory.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
@@ -46,3 +55,4 @@ class EngineConfig:
     prefix_caching: bool = True
     deterministic: bool = False
     num_speculative_tokens: int = 0
+    adapters: tuple[AdapterConfig, ...] = ()

@@ -50,6 +50,8 @@ def choose_kernels(config: EngineConfig, device: torch.device, directory: Path) 
 
 
 def _find_obstacle(config: EngineConfig, directory: Path) -> str | None:
+    if config.adapters:
+        return "they compute no adapters"
     if config.dtype not in ("auto", "float32"):
         return f"dtype is {config.dtype}, and they compute in float32"
     if config.kv_cache_dtype not in NATIVE_CACHE_DTYPES:

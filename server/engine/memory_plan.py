@@ -69,7 +69,7 @@ def check_gpu_fits(weights: int, workspace: int, memory: DeviceMemory, config: E
             f"the weights take {weights / _GIB:.1f} GiB and a step's work {workspace / _GIB:.1f} GiB, but "
             f"gpu_memory_utilization {config.gpu_memory_utilization} leaves {max(room, 0) / _GIB:.1f} GiB: of the "
             f"GPU's {memory.total / _GIB:.1f} GiB {memory.free / _GIB:.1f} are free. Raise gpu_memory_utilization, "
-            "lower max_num_batched_tokens or max_num_seqs, or serve a checkpoint of fewer bits"
+            "lower max_num_batched_tokens or max_num_seqs, or serve fewer adapters or a checkpoint of fewer bits"
         )
 
 
@@ -77,8 +77,8 @@ def check_host_fits(weights: int, available: int) -> None:
     """Raise EngineSetupError when a CPU's memory has no room for the weights, which would end in the kernel's kill."""
     if weights > available:
         raise EngineSetupError(
-            f"the weights take {weights / _GIB:.1f} GiB, but {available / _GIB:.1f} GiB of memory are free: free some, "
-            "set dtype to bfloat16, or serve a checkpoint of fewer bits"
+            f"the weights take {weights / _GIB:.1f} GiB, but {available / _GIB:.1f} GiB of memory are "
+            "free: free some, set dtype to bfloat16, or serve fewer adapters or a checkpoint of fewer bits"
         )
 
 

@@ -1,5 +1,7 @@
 """Executes a step: tensors, decoder, logits, sampler. Owns the KV tensors, and no memory of requests."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,13 @@ class ModelRunner:
         decoder: Decoder | NativeDecoder,
         kv_layers: tuple[PagedLayer, ...],
         max_rows_together: int | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
-        """max_rows_together: sequences of few tokens are computed in runs of so many, longer ones alone; None: all."""
+        """max_rows_together: sequences of few tokens are computed in runs of so many, longer ones alone; None: all.
+
+        adapters: the names of those that the decoder was loaded with, in its order.
+        """
+        self._adapters = {name: number for number, name in enumerate(adapters)}
         self._max_rows_together = max_rows_together
         self._decoder = decoder
         self._kv_layers = kv_layers
@@ -46,8 +53,11 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan, sequences: range) -> Tensor:
         """Normalized hidden states [T, hidden] of these sequences' tokens."""
-        step = build_step_tensors(plan, sequences, self._kv_layers[0].block_size, self._device)
-        return self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
+        step = build_step_tensors(plan, sequences, self._kv_layers[0].block_size, self._device, self._adapters)
+        if step.rows is None:
+            return self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)
+        assert isinstance(self._decoder, Decoder), "the native decoder knows no adapters"
+        return self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers, step.rows)
 
     def _compute_logits(self, sampled: Tensor) -> Tensor:
         """float32 [S, vocab] of hidden states [S, hidden], each row of another sequence."""

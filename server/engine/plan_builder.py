@@ -22,6 +22,7 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
     counts.cumsum(out=query_starts[1:])
     context_lens = computed + counts
     starts = query_starts.tolist()
+    adapters = tuple([sequence.request.adapter for sequence in sequences])
     return StepPlan(
         request_ids=tuple([sequence.request_id for sequence in sequences]),
         token_ids=_token_ids(sequences, counts, starts),
@@ -36,6 +37,7 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
             if sequence.scores_prompt and (rows := _prompt_logprob_rows(sequence, num_tokens[sequence], start))
         ),
         started=started,
+        adapters=adapters if any(adapters) else (),
     )
 
 

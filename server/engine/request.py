@@ -45,6 +45,7 @@ class GenerationRequest:
     """cache_salt: only requests with the same one read what the other computed for a common beginning of prompts.
 
     priority: lower starts first and is preempted last. owner: among equal priorities, owners take turns.
+    adapter: the name of the one that computes it, empty for the model alone.
     deadline: when the request ends with FinishReason.TIMEOUT unless it is done, on the clock of time.monotonic, which
     all processes of a machine share; None for never.
     """
@@ -56,6 +57,12 @@ class GenerationRequest:
     priority: int = 0
     owner: str = ""
     deadline: float | None = None
+    adapter: str = ""
+
+    @property
+    def cache_root(self) -> str:
+        """What requests must have in common to share: adapter and salt, which cannot be taken for each other."""
+        return f"{len(self.adapter)}:{self.adapter}{self.cache_salt}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,10 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the API must know of the loaded model. kernels: which ones compute it, for the log."""
+    """What the API must know of the loaded model. kernels: which ones compute it, for the log.
+
+    adapters: the names that requests may choose by.
+    """
 
     model_path: str
     max_model_len: int
@@ -112,6 +122,7 @@ class ModelInfo:
     block_size: int
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     kernels: str = ""
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

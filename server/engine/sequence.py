@@ -89,13 +89,13 @@ class Sequence:
     def block_keys(self, num_tokens: int) -> list[bytes]:
         """A key for each full block of the first num_tokens known tokens: SHA-256 over all tokens up to its end.
 
-        Each starts with the one before it, and the first with the request's salt, so equal keys mean equal content of
-        one tenant, wherever in the cache it lies.
+        Each starts with the one before it, and the first with the request's salt and adapter, so equal keys mean equal
+        content of one tenant, wherever in the cache it lies.
         """
         num_blocks = num_tokens // self._block_size
         while len(self._block_keys) < num_blocks:
             start = len(self._block_keys) * self._block_size
-            before = self._block_keys[-1] if self._block_keys else self.request.cache_salt.encode()
+            before = self._block_keys[-1] if self._block_keys else self.request.cache_root.encode()
             tokens = self._token_ids[start : start + self._block_size].tobytes()
             self._block_keys.append(hashlib.sha256(b"%d:%b%b" % (len(before), before, tokens)).digest())
         return self._block_keys[:num_blocks]

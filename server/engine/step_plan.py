@@ -55,6 +55,7 @@ class StepPlan:
 
     token_ids, positions: int64 [T]. query_starts: int32 [B + 1]. context_lens: int32 [B], with this step's tokens.
     block_tables: int32 [B, max_blocks], padded with 0. started: the requests that are in a step for the first time.
+    adapters: of each sequence, empty for none; no names at all where no sequence has one.
     """
 
     request_ids: tuple[str, ...]
@@ -66,6 +67,7 @@ class StepPlan:
     sampling_rows: tuple[SamplingRow, ...]
     prompt_logprob_rows: tuple[PromptLogprobRows, ...] = ()
     started: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """StepPlan -> the tensors of one step on the device. Copies, computes slots, decides nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.lora import AdapterRows, plan_rows
 from kernels.paged_batch import AttentionBatch
 from server.engine.step_plan import StepPlan
 
@@ -16,11 +19,12 @@ _Array = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float32] | NDArray[n
 
 @dataclass(frozen=True)
 class StepTensors:
-    """token_ids, positions: int64 [T]."""
+    """token_ids, positions: int64 [T]. rows: those that have an adapter, None where none has."""
 
     token_ids: Tensor
     positions: Tensor
     batch: AttentionBatch
+    rows: AdapterRows | None
 
 
 def group_sequences(plan: StepPlan, max_rows: int | None) -> list[range]:
@@ -42,8 +46,13 @@ def group_sequences(plan: StepPlan, max_rows: int | None) -> list[range]:
     return runs
 
 
-def build_step_tensors(plan: StepPlan, sequences: range, block_size: int, device: torch.device) -> StepTensors:
-    """The arrays of these sequences of the plan on the device; from pinned memory, without waiting, on a GPU."""
+def build_step_tensors(
+    plan: StepPlan, sequences: range, block_size: int, device: torch.device, adapters: Mapping[str, int]
+) -> StepTensors:
+    """The arrays of these sequences of the plan on the device; from pinned memory, without waiting, on a GPU.
+
+    adapters: the numbers that the decoder knows them by.
+    """
     query_starts = plan.query_starts[sequences.start : sequences.stop + 1]
     positions = plan.positions[query_starts[0] : query_starts[-1]]
     context_lens = plan.context_lens[sequences.start : sequences.stop]
@@ -62,7 +71,21 @@ def build_step_tensors(plan: StepPlan, sequences: range, block_size: int, device
             max_query_len=int(query_lens.max()),
             max_context_len=int(context_lens.max()),
         ),
+        rows=_adapter_rows(plan, sequences, adapters, device),
     )
+
+
+def _adapter_rows(
+    plan: StepPlan, sequences: range, adapters: Mapping[str, int], device: torch.device
+) -> AdapterRows | None:
+    starts = plan.query_starts[sequences.start : sequences.stop + 1] - plan.query_starts[sequences.start]
+    names = plan.adapters[sequences.start : sequences.stop]
+    spans = [
+        (adapters[name], first, stop)
+        for name, (first, stop) in zip(names, pairwise(starts.tolist()), strict=False)
+        if name
+    ]
+    return plan_rows(spans, device) if spans else None
 
 
 def copy_to_device(array: _Array, device: torch.device) -> Tensor:

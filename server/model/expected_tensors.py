@@ -99,6 +99,15 @@ class LayerSpec:
         return (*self.qkv, self.output, *self.mlp.linears)
 
     @property
+    def joined(self) -> tuple[tuple[LinearSpec, ...], ...]:
+        """The linears outside of a mixture's experts and router, those together that share their input."""
+        if isinstance(self.mlp, MlpSpec):
+            mlp: MlpSpec | None = self.mlp
+        else:
+            mlp = self.mlp.shared_expert.mlp if self.mlp.shared_expert else None
+        return (self.qkv, (self.output,), *((mlp.gate_up, (mlp.down,)) if mlp else ()))
+
+    @property
     def norms(self) -> tuple[NormSpec, ...]:
         of_states = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
         return tuple(norm for norm in (*of_states, self.query_norm, self.key_norm) if norm is not None)

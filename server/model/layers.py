@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.layout import PackedWeight
+from kernels.lora import AdapterRows, LoraStack
 
 
 class Linear(Protocol):
@@ -51,20 +52,26 @@ class JoinedLinear:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-@dataclass(frozen=True)
-class NormedHeadsLinear:
-    """qkv, whose queries and keys are normalized in rows of the shape of their norms' weights, side by side."""
+def apply_adapted(linear: Linear, x: Tensor, stack: LoraStack | None, rows: AdapterRows | None) -> Tensor:
+    """linear(x), and what adapters add to it: those of the layer, for the step's rows that have one."""
+    output = linear(x)
+    if stack is not None and rows is not None:
+        dispatch.add_lora(output, x, stack, rows)
+    return output
 
-    qkv: Linear
+
+@dataclass(frozen=True)
+class ProjectionNorms:
+    """Normalizes queries and keys among joined [T, N], in rows of the shape of their norms' weights, side by side."""
+
     query_norm: "RmsNorm | LayerNorm"
     key_norm: "RmsNorm | LayerNorm"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        joined = self.qkv(x)
+    def __call__(self, joined: Tensor) -> Tensor:
         num_queries, num_keys = self.query_norm.weight.numel(), self.key_norm.weight.numel()
         queries, keys, values = joined.tensor_split([num_queries, num_queries + num_keys], dim=-1)
         normed = [
-            norm(heads.view(len(x), *norm.weight.shape)).flatten(1)
+            norm(heads.view(len(joined), *norm.weight.shape)).flatten(1)
             for norm, heads in ((self.query_norm, queries), (self.key_norm, keys))
         ]
         return torch.cat((*normed, values), dim=-1)

@@ -10,11 +10,14 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.dispatch import ExpertWeights
 from kernels.layout import concatenate_rows
+from kernels.lora import LoraStack
 from kernels.native_cpu import NativeCpu
 from kernels.reference import dequantize
 from kernels.rotary import HeadNorms
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import CheckpointError
+from server.model.adapter import Adapter
+from server.model.adapter_stacks import AdapterStacks
 from server.model.architectures import Activation, HeadNorm, NormKind
 from server.model.config import ModelConfig, read_model_config
 from server.model.decoder import Attention, Decoder, DecoderLayer, Mlp
@@ -37,7 +40,7 @@ from server.model.layers import (
     Linear,
     NoNorm,
     Norm,
-    NormedHeadsLinear,
+    ProjectionNorms,
     QuantizedLinear,
     RmsNorm,
 )
@@ -45,7 +48,7 @@ from server.model.moe import Moe, SharedExpert
 from server.model.native_decoder import NativeDecoder
 from server.model.native_loader import load_native_decoder
 from server.model.rotary import build_rotary
-from server.model.rotation_order import TurnedWeights
+from server.model.rotation_order import TurnedWeights, row_orders
 from server.model.weight_source import WeightSource
 
 _GATES = {Activation.SILU: dispatch.silu_gate, Activation.GELU_TANH: dispatch.gelu_gate}
@@ -83,12 +86,14 @@ def load_model(
     report: Callable[[LoadProgress], None],
     native: NativeCpu | None = None,
     max_model_len: int | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> LoadedModel:
     """Load a checkpoint, quantized or not. dtype None means float32 on a CPU, the checkpoint's own on a GPU.
 
     native: what computes it in float32 on a CPU, for a model to which `find_native_obstacle` finds none.
     max_model_len: the longest sequence it is to compute, None for the config's max_position_embeddings; a model whose
-    rotation is another for long sequences takes that one for all where some may be long.
+    rotation is another for long sequences takes that one for all where some may be long. adapters: of the model, not
+    for native operations, which know none.
 
     Raises CheckpointError, before anything is loaded, when the directory is no checkpoint of a known architecture or
     a tensor is missing, left over, or of the wrong shape or dtype; ValueError for a device without kernels.
@@ -103,7 +108,7 @@ def load_model(
             reader, config, native, lambda num_loaded: report(LoadProgress(num_loaded, config.num_layers))
         )
         return LoadedModel(native_decoder, replace(config, dtype=torch.float32))
-    return build_model(reader, config, device, dtype or _default_dtype(reader, config, device), report)
+    return build_model(reader, config, device, dtype or _default_dtype(reader, config, device), report, adapters)
 
 
 def build_model(
@@ -112,11 +117,12 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     report: Callable[[LoadProgress], None],
+    adapters: Sequence[Adapter] = (),
 ) -> LoadedModel:
     """A model of the config on the device, from weights that have all that it needs in the right shapes."""
     if config.architecture.turns_neighbours:
         weights = TurnedWeights(weights, config)
-    source = _Source(weights, device, dtype)
+    source = _Source(weights, device, dtype, AdapterStacks(tuple(adapters), row_orders(config)))
     # layers that turn alike share the angles of a step
     ropes = list(dict.fromkeys(config.layer_ropes))
     max_len = config.max_position_embeddings
@@ -145,6 +151,11 @@ class _Source:
     reader: WeightSource
     device: torch.device
     dtype: torch.dtype
+    adapters: AdapterStacks
+
+    def read_adapters(self, specs: Sequence[LinearSpec]) -> LoraStack | None:
+        """What is added to what `read_linear` of the same modules gives."""
+        return self.adapters.read(specs, self.device, self.dtype)
 
     def read_dense(self, name: str) -> Tensor:
         return self.reader.read_tensor(name).to(device=self.device, dtype=self.dtype)
@@ -226,8 +237,7 @@ def _build_layer(source: _Source, config: ModelConfig, index: int, rotary: int) 
 def _build_attention(
     source: _Source, config: ModelConfig, spec: LayerSpec, rotary: int, sliding_window: int | None
 ) -> Attention:
-    qkv: Linear = source.read_linear(spec.qkv)
-    head_norms = None
+    head_norms, projection_norms = None, None
     if spec.query_norm is not None and spec.key_norm is not None:
         query_norm, key_norm = (
             source.read_norm(norm.name, config.architecture.norm, config.norm_epsilon)
@@ -236,9 +246,9 @@ def _build_attention(
         if config.head_norm is HeadNorm.EVERY_HEAD:
             head_norms = HeadNorms(query_norm.weight, key_norm.weight, config.norm_epsilon)
         else:
-            qkv = NormedHeadsLinear(qkv, query_norm, key_norm)
+            projection_norms = ProjectionNorms(query_norm, key_norm)
     return Attention(
-        qkv=qkv,
+        qkv=source.read_linear(spec.qkv),
         output=source.read_linear((spec.output,)),
         head_norms=head_norms,
         head_dim=config.head_dim,
@@ -246,6 +256,9 @@ def _build_attention(
         softmax_scale=config.softmax_scale,
         soft_cap=config.attention_soft_cap,
         sliding_window=sliding_window,
+        projection_norms=projection_norms,
+        qkv_adapters=source.read_adapters(spec.qkv),
+        output_adapters=source.read_adapters((spec.output,)),
     )
 
 
@@ -254,6 +267,8 @@ def _build_mlp(source: _Source, config: ModelConfig, spec: MlpSpec) -> Mlp:
         gate_up=source.read_linear(spec.gate_up),
         gate=_GATES[config.activation],
         down=source.read_linear((spec.down,)),
+        gate_up_adapters=source.read_adapters(spec.gate_up),
+        down_adapters=source.read_adapters((spec.down,)),
     )
 
 

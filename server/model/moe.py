@@ -4,24 +4,31 @@ Legend: T = tokens of the step, K = hidden size, E = experts, I = an expert's in
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.dispatch import ExpertWeights
-from server.model.layers import Linear
+from kernels.lora import AdapterRows
+
+
+class AdaptedMlp(Protocol):
+    """x [T, K] to [T, K], with what adapters add for the rows that have one."""
+
+    def __call__(self, x: Tensor, rows: AdapterRows | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class SharedExpert:
     """The expert of all tokens. Its share is the sigmoid of the router's last output."""
 
-    mlp: Linear
+    mlp: AdaptedMlp
 
-    def __call__(self, x: Tensor, gate_logits: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, gate_logits: Tensor, rows: AdapterRows | None) -> Tensor:
         """x [T, K], gate_logits [T, 1]."""
-        return torch.sigmoid(gate_logits) * self.mlp(x)
+        return torch.sigmoid(gate_logits) * self.mlp(x, rows)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Moe:
     num_experts_per_tok: int
     norm_topk_prob: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rows: AdapterRows | None = None) -> Tensor:
+        """rows: for the shared expert; the others take no adapters."""
         logits = dispatch.router_logits(x, self.router)
         routing = dispatch.route(
             logits[:, : self.num_experts], self.num_experts_per_tok, renormalized=self.norm_topk_prob
@@ -49,4 +57,4 @@ class Moe:
         output = dispatch.sum_choices(dispatch.grouped_linear(gated, self.down, plan), routing.weights)
         if self.shared_expert is None:
             return output
-        return output + self.shared_expert(x, logits[:, self.num_experts :])
+        return output + self.shared_expert(x, logits[:, self.num_experts :], rows)

@@ -18,9 +18,7 @@ from server.model.expected_tensors import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    LayerSpec,
     LinearSpec,
-    MlpSpec,
     check_tensors,
     head_spec,
     layer_spec,
@@ -45,7 +43,7 @@ def find_native_obstacle(directory: Path) -> str | None:
         return f"its heads are {config.head_dim} wide, no multiple of {KEYS_PER_VECTOR}"
     if config.hidden_size % 32:
         return f"its hidden size {config.hidden_size} is no multiple of 32"
-    groups = [specs for index in range(config.num_layers) for specs in _joined(layer_spec(config, index))]
+    groups = [specs for index in range(config.num_layers) for specs in layer_spec(config, index).joined]
     if _has_packed_head(reader, config):
         groups.append((head_spec(config),))
     return next(filter(None, (_find_obstacle_of(reader, specs) for specs in groups)), None)
@@ -109,14 +107,6 @@ class _Source:
         return NativeLinearSpec(repack_tiles(weight), torch.cat(biases) if biases else None)
 
 
-def _joined(spec: LayerSpec) -> tuple[tuple[LinearSpec, ...], ...]:
-    """The layer's linears, those together that share their input."""
-    mlp = spec.mlp
-    # a mixture of experts is an obstacle
-    assert isinstance(mlp, MlpSpec)
-    return (spec.qkv, (spec.output,), mlp.gate_up, (mlp.down,))
-
-
 def _find_obstacle_of(reader: CheckpointReader, specs: Sequence[LinearSpec]) -> str | None:
     if dense := [spec.name for spec in specs if not reader.is_quantized(spec.name)]:
         return f"{dense[0]} is not quantized"
@@ -143,7 +133,7 @@ def _read_layer(source: _Source, index: int) -> NativeLayer:
         None if norm is None else source.read_norm(norm.name, config.norm_epsilon)
         for norm in (spec.query_norm, spec.key_norm)
     )
-    qkv, output, gate_up, down = (source.read_linear(specs) for specs in _joined(spec))
+    qkv, output, gate_up, down = (source.read_linear(specs) for specs in spec.joined)
     heads = HeadShape(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,

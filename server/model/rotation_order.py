@@ -26,15 +26,9 @@ class TurnedWeights:
         self._weights = weights
         self._head_dim = config.head_dim
         self._order = _head_order(config)
-        self._turned_modules = {
-            name.removesuffix(".weight")
-            for index in range(config.num_layers)
-            for spec in (layer_spec(config, index),)
-            for name in (
-                *(linear.name for linear in spec.qkv[:2]),
-                *(norm.name for norm in (spec.query_norm, spec.key_norm) if norm is not None),
-            )
-        }
+        layers = [layer_spec(config, index) for index in range(config.num_layers)]
+        norms = [norm for layer in layers for norm in (layer.query_norm, layer.key_norm) if norm is not None]
+        self._turned_modules = {*row_orders(config), *(norm.name.removesuffix(".weight") for norm in norms)}
 
     @property
     def tensor_names(self) -> Collection[str]:
@@ -47,7 +41,7 @@ class TurnedWeights:
         # a norm's weight may be [heads, D] or [D], a bias is [N], a weight [N, K]
         if tensor.shape[-1] == self._head_dim and "norm" in name:
             return tensor[..., self._order]
-        return tensor[self._rows(len(tensor))]
+        return tensor[_rows(self._order, len(tensor))]
 
     def is_quantized(self, module_name: str) -> bool:
         return self._weights.is_quantized(module_name)
@@ -59,12 +53,25 @@ class TurnedWeights:
         weight = self._weights.read_packed(module_name)
         if module_name not in self._turned_modules:
             return weight
-        rows = self._rows(weight.shape[0])
+        rows = _rows(self._order, weight.shape[0])
         return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=weight.zeros[rows])
 
-    def _rows(self, num_rows: int) -> Tensor:
-        """int64 [N]: the heads one after the other, each in the order."""
-        return (torch.arange(0, num_rows, self._head_dim)[:, None] + self._order).flatten()
+
+def row_orders(config: ModelConfig) -> dict[str, Tensor]:
+    """By module, where the outputs of the projections to queries and keys come from: int64 [N].
+
+    Empty for models that turn the two halves of a head.
+    """
+    if not config.architecture.turns_neighbours:
+        return {}
+    order = _head_order(config)
+    layers = [layer_spec(config, index) for index in range(config.num_layers)]
+    return {linear.name: _rows(order, linear.num_outputs) for layer in layers for linear in layer.qkv[:2]}
+
+
+def _rows(order: Tensor, num_rows: int) -> Tensor:
+    """int64 [N]: the heads one after the other, each in the order int64 [D]."""
+    return (torch.arange(0, num_rows, len(order))[:, None] + order).flatten()
 
 
 def _head_order(config: ModelConfig) -> Tensor:

@@ -7,6 +7,7 @@ import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from server.engine.config import AdapterConfig
 from server.settings import Settings, SettingsError, is_loopback, load_settings
 from server.settings_flags import add_settings_command
 
@@ -180,3 +181,22 @@ def test_both_variables_for_keys_at_once_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWQ_SERVE_API_KEYS", "one,two")
     with pytest.raises(SettingsError, match="both set"):
         load_settings({})
+
+
+def test_adapters_come_by_name_and_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = (AdapterConfig("a", "/one"), AdapterConfig("b", "/two=2"))
+    assert load_settings({"lora": ["a=/one", "b=/two=2"]}).engine_config(Path("m")).adapters == both
+    assert load_settings({}, write(tmp_path / "settings.toml", 'lora = ["a=/one", "b=/two=2"]\n')).lora == both
+    monkeypatch.setenv("AWQ_SERVE_LORA", "a=/one,b=/two=2")
+    assert load_settings({}).lora == both
+
+
+@pytest.mark.parametrize("given", ["/only/a/path", "=/path", "name=", " name=/path", "na\nme=/path"])
+def test_an_adapter_without_a_name_or_a_directory_is_refused(given: str) -> None:
+    with pytest.raises(SettingsError, match="lora: an adapter is given as NAME=PATH"):
+        load_settings({"lora": [given]})
+
+
+def test_two_adapters_of_one_name_are_refused() -> None:
+    with pytest.raises(SettingsError, match="lora: two adapters are called a; give each a name of its own"):
+        load_settings({"lora": ["a=/one", "a=/two"]})

@@ -32,10 +32,11 @@ from server.errors import InvalidRequest
 
 @dataclass(frozen=True)
 class ChatJob:
-    """A checked request."""
+    """A checked request. model: the name for its reply."""
 
     id: str
     created: int
+    model: str
     body: ChatBody
     choices: tuple[Choice, ...]
     num_prompt_tokens: int
@@ -46,16 +47,16 @@ async def prepare(body: ChatBody, services: Services, tenant: str) -> ChatJob:
 
     Raises InvalidRequest, NotFound and EngineUnavailable.
     """
-    await services.check_model(body.model)
+    chosen = await services.choose_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_CHATS))
     check_num_choices(1, body.num_choices, services.settings)
     model = services.loaded_model()
-    sender = Sender(tenant, time.monotonic())
+    sender = Sender(tenant, time.monotonic(), chosen.adapter)
     size = sum(len(message.content or "") for message in body.messages)
-    return await compute(size, lambda: _plan(body, services, model, sender))
+    return await compute(size, lambda: _plan(body, services, model, sender, chosen.name))
 
 
-def _plan(body: ChatBody, services: Services, model: ModelInfo, sender: Sender) -> ChatJob:
+def _plan(body: ChatBody, services: Services, model: ModelInfo, sender: Sender, name: str) -> ChatJob:
     if services.chat_template is None:
         raise InvalidRequest(
             f"the model {services.served_model.name!r} has no chat template; use /v1/completions", param="messages"
@@ -81,7 +82,7 @@ def _plan(body: ChatBody, services: Services, model: ModelInfo, sender: Sender) 
         )
         for index in range(body.num_choices)
     )
-    return ChatJob(job_id, int(time.time()), body, choices, len(prompt))
+    return ChatJob(job_id, int(time.time()), name, body, choices, len(prompt))
 
 
 async def whole_chat(job: ChatJob, services: Services) -> ChatCompletion:
@@ -96,7 +97,7 @@ async def whole_chat(job: ChatJob, services: Services) -> ChatCompletion:
         "id": job.id,
         "object": "chat.completion",
         "created": job.created,
-        "model": services.served_model.name,
+        "model": job.model,
         "choices": [await _choice(job, services, of_choice) for of_choice in deltas],
         "usage": counter.usage(),
     }
@@ -113,16 +114,16 @@ async def chat_frames(job: ChatJob, services: Services) -> AsyncGenerator[bytes,
             if delta.index not in started:
                 started.add(delta.index)
                 opening: ChunkChoice = _chunk_choice(delta.index, {"role": "assistant", "content": ""})
-                yield frame(_chunk(job, services, [opening], usage))
+                yield frame(_chunk(job, [opening], usage))
             if delta.text or delta.pieces:
                 logprobs = await _logprobs(job, services, [delta])
                 spoken: ChunkChoice = _chunk_choice(delta.index, {"content": delta.text}, logprobs)
-                yield frame(_chunk(job, services, [spoken], usage))
+                yield frame(_chunk(job, [spoken], usage))
             if delta.finish_reason is not None:
                 closing: ChunkChoice = {**_chunk_choice(delta.index, {}), "finish_reason": delta.finish_reason}
-                yield frame(_chunk(job, services, [closing], usage))
+                yield frame(_chunk(job, [closing], usage))
     if job.body.includes_usage:
-        yield frame(_chunk(job, services, [], counter.usage()))
+        yield frame(_chunk(job, [], counter.usage()))
 
 
 async def _choice(job: ChatJob, services: Services, deltas: list[ChoiceDelta]) -> ChatChoice:
@@ -145,12 +146,12 @@ def _chunk_choice(index: int, delta: MessageDelta, logprobs: orjson.Fragment | N
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
-def _chunk(job: ChatJob, services: Services, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
+def _chunk(job: ChatJob, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
     chunk: ChatChunk = {
         "id": job.id,
         "object": "chat.completion.chunk",
         "created": job.created,
-        "model": services.served_model.name,
+        "model": job.model,
         "choices": choices,
     }
     return {**chunk, "usage": usage} if job.body.includes_usage else chunk

@@ -33,10 +33,11 @@ DEFAULT_MAX_TOKENS = 16
 
 @dataclass(frozen=True)
 class CompletionJob:
-    """A checked request. Choice i of prompt p has the index p * n + i."""
+    """A checked request. model: the name for its reply. Choice i of prompt p has the index p * n + i."""
 
     id: str
     created: int
+    model: str
     body: CompletionBody
     choices: tuple[Choice, ...]
     num_prompt_tokens: int
@@ -47,7 +48,7 @@ async def prepare(body: CompletionBody, services: Services, tenant: str) -> Comp
 
     Raises InvalidRequest, NotFound and EngineUnavailable.
     """
-    await services.check_model(body.model)
+    chosen = await services.choose_model(body.model)
     services.metrics.count_unknown_fields(body.unknown_fields(FOR_COMPLETIONS))
     if len(body.prompt) > services.settings.max_prompts:
         raise InvalidRequest(
@@ -56,12 +57,12 @@ async def prepare(body: CompletionBody, services: Services, tenant: str) -> Comp
         )
     check_num_choices(len(body.prompt), body.num_choices, services.settings)
     model = services.loaded_model()
-    sender = Sender(tenant, time.monotonic())
+    sender = Sender(tenant, time.monotonic(), chosen.adapter)
     size = sum(map(len, body.prompt))
-    return await compute(size, lambda: _plan(body, services, model, sender))
+    return await compute(size, lambda: _plan(body, services, model, sender, chosen.name))
 
 
-def _plan(body: CompletionBody, services: Services, model: ModelInfo, sender: Sender) -> CompletionJob:
+def _plan(body: CompletionBody, services: Services, model: ModelInfo, sender: Sender, name: str) -> CompletionJob:
     job_id = f"cmpl-{uuid.uuid4().hex}"
     stops, seed = stop_strings(body, services.settings), body.base_seed()
     choices: list[Choice] = []
@@ -88,7 +89,7 @@ def _plan(body: CompletionBody, services: Services, model: ModelInfo, sender: Se
                     echo=echo,
                 )
             )
-    return CompletionJob(job_id, int(time.time()), body, tuple(choices), num_prompt_tokens)
+    return CompletionJob(job_id, int(time.time()), name, body, tuple(choices), num_prompt_tokens)
 
 
 def _token_ids(prompt: Prompt, services: Services, model: ModelInfo) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ async def whole_completion(job: CompletionJob, services: Services) -> Completion
             deltas[delta.index].append(delta)
             counter.note(delta)
     choices = [await _choice(job, services, _join(of_choice)) for of_choice in deltas]
-    return {**_completion(job, services, choices), "usage": counter.usage()}
+    return {**_completion(job, choices), "usage": counter.usage()}
 
 
 async def completion_frames(job: CompletionJob, services: Services) -> AsyncGenerator[bytes, None]:
@@ -122,12 +123,12 @@ async def completion_frames(job: CompletionJob, services: Services) -> AsyncGene
     async with aclosing(stream_choices(services, job.choices)) as stream:
         async for delta in stream:
             counter.note(delta)
-            piece = _completion(job, services, [await _choice(job, services, delta)])
+            piece = _completion(job, [await _choice(job, services, delta)])
             if job.body.includes_usage:
                 piece["usage"] = counter.usage() if job.body.includes_usage_always else None
             yield frame(piece)
     if job.body.includes_usage:
-        yield frame({**_completion(job, services, []), "usage": counter.usage()})
+        yield frame({**_completion(job, []), "usage": counter.usage()})
 
 
 def _join(deltas: list[ChoiceDelta]) -> ChoiceDelta:
@@ -152,11 +153,11 @@ async def _choice(job: CompletionJob, services: Services, delta: ChoiceDelta) ->
     }
 
 
-def _completion(job: CompletionJob, services: Services, choices: list[CompletionChoice]) -> Completion:
+def _completion(job: CompletionJob, choices: list[CompletionChoice]) -> Completion:
     return {
         "id": job.id,
         "object": "text_completion",
         "created": job.created,
-        "model": services.served_model.name,
+        "model": job.model,
         "choices": choices,
     }

@@ -93,7 +93,7 @@ def _copies_in_loop(intermediate: str) -> int:
 
 
 def _disassemble(program: str, binary: str, *options: str) -> str:
-    command = [DISASSEMBLERS / program, *options, binary]
+    command = [str(DISASSEMBLERS / program), *options, binary]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -20,12 +20,17 @@ class OutputTokens:
     def take(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         if token.error is not None:
             return event_of_end(sequence, FinishReason.ERROR, token.error)
+        guide = sequence.guide
+        if guide is not None and (error := guide.take(token.token_id)) is not None:
+            return event_of_end(sequence, FinishReason.ERROR, error)
         sequence.append_token(token.token_id)
         self.generation_tokens += 1
         params = sequence.request.sampling
         num_output = sequence.num_known - sequence.num_prompt
         finish_reason: FinishReason | None = None
-        if token.token_id in params.stop_token_ids and num_output > params.min_tokens:
+        if (token.token_id in params.stop_token_ids and num_output > params.min_tokens) or (
+            guide is not None and guide.is_finished
+        ):
             finish_reason = FinishReason.STOP
         elif num_output == params.max_tokens:
             finish_reason = FinishReason.LENGTH

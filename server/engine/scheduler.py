@@ -19,6 +19,7 @@ from server.engine.request import EngineStats, FinishReason, GenerationRequest, 
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.step_budget import StepBudget
 from server.engine.step_plan import SampledToken, StepPlan, StepResult
+from server.engine.structured_output import OutputGuide
 from server.engine.token_events import event_of_end, timeout_event
 from server.engine.waiting_queue import WaitingQueue
 
@@ -119,10 +120,10 @@ class Scheduler:
         assert len(queued) == len(self._sequences), "a sequence is in no queue, or in two"
         assert set(queued) == set(self._sequences.values()), "a queue holds a sequence that has ended"
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request that is known to fit the cache when it runs alone."""
+    def add(self, request: GenerationRequest, guide: OutputGuide | None = None) -> None:
+        """Queue a request that is known to fit the cache when it runs alone. guide: what its output keeps to."""
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
-        sequence = Sequence(request, self._pool.block_size)
+        sequence = Sequence(request, self._pool.block_size, guide)
         assert sequence.max_num_blocks <= self._pool.num_blocks, "the request can never fit the cache"
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)

@@ -11,6 +11,7 @@ from server.engine.draft_length import DraftLength
 from server.engine.ngram_drafter import NgramDrafter
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.engine.step_plan import SampledToken, TokenIds
+from server.engine.structured_output import OutputGuide
 
 
 class SequenceState(Enum):
@@ -25,8 +26,9 @@ class Sequence:
     What a step looks at is a plain attribute, not a property: that is read for every sequence in every step.
     """
 
-    def __init__(self, request: GenerationRequest, block_size: int) -> None:
+    def __init__(self, request: GenerationRequest, block_size: int, guide: OutputGuide | None = None) -> None:
         self.request = request
+        self.guide = guide
         self.request_id = request.request_id
         self.priority = request.priority
         self.deadline = math.inf if request.deadline is None else request.deadline
@@ -107,6 +109,8 @@ class Sequence:
         length = self._draft_length.choose(longest, row_cost)
         if length:
             guesses = self._drafter.draft(self.token_ids, length)
+            if self.guide is not None:
+                guesses = guesses[: self.guide.cut(guesses.tolist())]
             self._token_ids[self.num_known : self.num_known + len(guesses)] = guesses
             self.num_drafted = len(guesses)
 

@@ -26,6 +26,7 @@ class EngineConfig:
     prefix_caching: prompts that begin alike are computed once. deterministic: a request's tokens are bit for bit those
     that it gets alone, whatever is cached, preempted or computed beside it.
     num_speculative_tokens: guesses at what comes next that a step verifies for a sequence, at most; 0 for none.
+    draft_model_path: a checkpoint directory of a small model that makes the guesses; None: they are looked up.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
@@ -46,3 +47,4 @@ class EngineConfig:
     prefix_caching: bool = True
     deterministic: bool = False
     num_speculative_tokens: int = 0
+    draft_model_path: str | None = None

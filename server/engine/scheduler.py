@@ -12,6 +12,7 @@ from itertools import islice
 from server.engine.block_pool import BlockPool
 from server.engine.cache_manager import CacheManager
 from server.engine.draft_length import Speculation
+from server.engine.drafter import Drafter, PromptLookup
 from server.engine.errors import EngineSetupError
 from server.engine.output_tokens import OutputTokens
 from server.engine.plan_builder import build_plan
@@ -69,8 +70,10 @@ class SchedulerLimits:
 class Scheduler:
     """add, abort and expire between steps; then plan_step, execute elsewhere, apply, or take_back if that failed."""
 
-    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, drafter: Drafter | None = None) -> None:
+        """drafter: what guesses where limits.speculation says so; prompt look-up where there is none."""
         self._limits = limits
+        self._drafter = (drafter or PromptLookup()) if limits.speculation is not None else None
         self._pool = pool
         self._budget = StepBudget(limits.max_num_batched_tokens, limits.max_num_seqs, limits.prefill_chunk or 1)
         self._cache = CacheManager(
@@ -178,8 +181,8 @@ class Scheduler:
         if not num_tokens:
             assert not self._sequences, "requests wait, yet none fits the empty cache"
             return None
-        if self._limits.speculation is not None and not self._budget.is_reduced:
-            self._add_drafts(self._limits.speculation, num_tokens, budget)
+        if self._limits.speculation is not None and self._drafter is not None and not self._budget.is_reduced:
+            self._add_drafts(self._limits.speculation, self._drafter, num_tokens, budget)
         self._num_steps += 1
         self._waiting.charge(num_tokens)
         return self._freeze(num_tokens)
@@ -235,17 +238,23 @@ class Scheduler:
         self._cache.offer(sequence, 0)
         return self._output.take_verified(sequence, tokens[: num_accepted + 1], num_drafted)
 
-    def _add_drafts(self, speculation: Speculation, num_tokens: dict[Sequence, int], budget: int) -> None:
+    def _add_drafts(
+        self, speculation: Speculation, drafter: Drafter, num_tokens: dict[Sequence, int], budget: int
+    ) -> None:
         """Spend what nobody else needs of a step, budget and blocks, on guesses at what comes after known tokens."""
-        row_cost = speculation.relative_cost(len(num_tokens), sum(num_tokens.values()))
+        cost = speculation.relative_cost(len(num_tokens), sum(num_tokens.values()))
+        wanted = {}
         for sequence in num_tokens:
-            if sequence.num_known - sequence.num_computed > 1:
-                continue
-            sequence.put_draft(min(speculation.num_tokens, budget), row_cost)
+            if sequence.num_known - sequence.num_computed == 1 and budget:
+                length = sequence.choose_draft_length(min(speculation.num_tokens, budget), cost)
+                if length:
+                    wanted[sequence] = length
+                    budget -= length
+        for sequence, guesses in drafter.draft(wanted).items():
+            sequence.put_draft(guesses)
             if not self._cache.allocate_missing(sequence):
                 sequence.num_drafted = sequence.num_places - sequence.num_known
             num_tokens[sequence] += sequence.num_drafted
-            budget -= sequence.num_drafted
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
@@ -296,6 +305,8 @@ class Scheduler:
         self._running.remove(sequence)
         sequence.leave_tables()
         self._cache.release(sequence)
+        if self._drafter is not None:
+            self._drafter.stop(sequence)
         sequence.state = SequenceState.WAITING
 
     def _finish(self, sequence: Sequence) -> None:

@@ -130,8 +130,7 @@ def wire_engine(
     # the dtype that it computes in
     dtype = model.config.dtype or model.decoder.embedding.dtype
     geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
-    draft_geometry = _draft_geometry(config, draft, device)
-    geometry = replace(geometry, draft=draft_geometry)
+    geometry = replace(geometry, draft=_draft_geometry(config, draft, device))
     limits = choose_limits(config, device)
     size = choose_size(config, geometry, device, _workspace(model.config, dtype, limits))
     info = ModelInfo(
@@ -151,9 +150,7 @@ def wire_engine(
         limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
         speculation = _choose_speculation(config, _NATIVE_ROW_COST)
         limits = replace(limits, deterministic=False, speculation=speculation)
-    drafter = None
-    if draft is not None and draft_geometry is not None:
-        drafter = build_drafter(draft, draft_geometry, size, limits, device)
+    drafter = build_drafter(draft, geometry.draft, size, limits, device)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
     max_rows_together = dispatch.max_rows_together(device) if is_isolated else None

@@ -84,9 +84,18 @@ def draft_cost(config: EngineConfig) -> float:
 
 
 def build_drafter(
-    draft: LoadedModel, geometry: KvGeometry, size: KvCacheSize, limits: SchedulerLimits, device: torch.device
-) -> ModelDrafter:
-    """A drafter with a cache of as many blocks as the model's. Raises EngineSetupError where it cannot be allocated."""
+    draft: LoadedModel | None,
+    geometry: KvGeometry | None,
+    size: KvCacheSize,
+    limits: SchedulerLimits,
+    device: torch.device,
+) -> ModelDrafter | None:
+    """A drafter with a cache of as many blocks as the model's; None without a draft model and its cache's geometry.
+
+    Raises EngineSetupError where the cache cannot be allocated.
+    """
+    if draft is None or geometry is None:
+        return None
     runner = ModelRunner(draft.decoder, allocate_layers(size, geometry, device))
     return ModelDrafter(
         runner,

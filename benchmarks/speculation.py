@@ -70,7 +70,9 @@ SCENARIOS = (
 class GuessingEngine:
     """The engine's loop in this process, with so many guesses a step, or none."""
 
-    def __init__(self, checkpoint: Path, num_threads: int, num_speculative_tokens: int) -> None:
+    def __init__(
+        self, checkpoint: Path, num_threads: int, num_speculative_tokens: int, draft_model: Path | None = None
+    ) -> None:
         """Raises BenchmarkError when the checkpoint cannot be loaded."""
         config = EngineConfig(
             str(checkpoint),
@@ -80,6 +82,7 @@ class GuessingEngine:
             num_threads=num_threads,
             prefix_caching=False,
             num_speculative_tokens=num_speculative_tokens,
+            draft_model_path=None if draft_model is None else str(draft_model),
         )
         self._outputs: dict[str, list[int]] = {}
         self.stats: EngineStats | None = None
@@ -192,9 +195,8 @@ def measure_and_print(options: argparse.Namespace) -> None:
     with take_turn(CACHE, announce):
         checkpoint = prepare_checkpoint(find_gguf(), CACHE / "models", announce)
         announce("loading both sides")
-        guessing, plain = (
-            GuessingEngine(checkpoint, options.threads, count) for count in (options.speculative_tokens, 0)
-        )
+        guessing = GuessingEngine(checkpoint, options.threads, options.speculative_tokens, options.draft_model)
+        plain = GuessingEngine(checkpoint, options.threads, 0)
         busy = measure_busy_cores()
         measured = measure(guessing, plain, options.rounds, options.tokens, announce)
     Console().print(render(measured, options.speculative_tokens))
@@ -213,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--speculative-tokens", type=positive_number, default=8, help="guesses a step; default: %(default)s"
     )
+    parser.add_argument("--draft-model", type=Path, help="a checkpoint that guesses; without: prompt look-up")
     parser.add_argument("--json", type=writable_file, help="a file for the figures")
     return parser
 

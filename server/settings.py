@@ -119,6 +119,11 @@ class Settings(BaseSettings):
         Field(ge=0, le=64, description="tokens guessed from what was said before and verified at once; 0 for none"),
     ] = 0
 
+    draft_model: Annotated[
+        Path | None,
+        Field(description="checkpoint directory of a small model of the same vocabulary that makes the guesses"),
+    ] = None
+
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * MEBIBYTE
     max_prompts: Annotated[int, Field(ge=1, description="prompts in one request")] = 128
     max_stop_strings: Annotated[int, Field(ge=1, description="stop strings in one request")] = 16
@@ -231,6 +236,7 @@ class Settings(BaseSettings):
             deterministic=self.deterministic,
             num_speculative_tokens=self.num_speculative_tokens,
             adapters=self.lora,
+            draft_model_path=None if self.draft_model is None else str(self.draft_model),
         )
 
 

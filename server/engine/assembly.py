@@ -15,6 +15,7 @@ from server.engine import host_memory
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.draft_length import Speculation
+from server.engine.draft_model import build_drafter, check_draft_model, draft_cost, load_draft_model
 from server.engine.errors import EngineSetupError
 from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
 from server.engine.kv_cache import (
@@ -91,7 +92,9 @@ def choose_limits(config: EngineConfig, device: torch.device, cpu_chunk: int = _
 
 
 def _choose_speculation(config: EngineConfig, row_cost: float) -> Speculation | None:
-    return Speculation(config.num_speculative_tokens, row_cost) if config.num_speculative_tokens else None
+    if not config.num_speculative_tokens:
+        return None
+    return Speculation(config.num_speculative_tokens, row_cost, draft_cost(config))
 
 
 def assemble_engine(
@@ -100,6 +103,7 @@ def assemble_engine(
     """Load the model and size the cache. Raises one of SETUP_ERRORS with a sentence for whoever starts the engine."""
     # what can be refused is refused before the weights are read
     device = resolve_device(config)
+    check_draft_model(config, read_model_config(Path(config.model_path)))
     choose_limits(config, device)
     _set_threads(config.num_threads)
     directory = Path(config.model_path)
@@ -109,7 +113,8 @@ def assemble_engine(
     _check_memory(config, directory, dtype, device, adapters, is_native=kernels.native is not None)
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len, adapters)
-    return wire_engine(config, model, device, kernels, sampling_defaults, publish)
+    draft = load_draft_model(config, device, dtype, kernels)
+    return wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
 
 
 def wire_engine(
@@ -119,11 +124,16 @@ def wire_engine(
     kernels: KernelChoice,
     sampling_defaults: SamplingDefaults,
     publish: Publish,
+    draft: LoadedModel | None = None,
 ) -> tuple[EngineLoop, ModelInfo]:
-    """The engine around a model that is on the device. Raises EngineSetupError when no cache of the settings fits."""
+    """The engine around a model that is on the device. Raises EngineSetupError when no cache of the settings fits.
+
+    draft: the model that guesses, on the same device.
+    """
     # the dtype that it computes in
     dtype = model.config.dtype or model.decoder.embedding.dtype
     geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
+    geometry = replace(geometry, draft=_draft_geometry(config, draft, device))
     limits = choose_limits(config, device)
     size = choose_size(config, geometry, device, _workspace(model.config, dtype, limits))
     info = ModelInfo(
@@ -144,7 +154,8 @@ def wire_engine(
         limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
         speculation = _choose_speculation(config, _NATIVE_ROW_COST)
         limits = replace(limits, deterministic=False, speculation=speculation)
-    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size))
+    drafter = build_drafter(draft, geometry.draft, size, limits, device)
+    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
     max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
     if config.deterministic and isinstance(model.decoder, Decoder) and _mixes_by_floats(model.decoder, device):
@@ -220,16 +231,19 @@ def _check_memory(
     is_native: bool,
 ) -> None:
     """Raise EngineSetupError for weights and adapters that the device has no room for."""
-    reader, model = CheckpointReader.open(directory), read_model_config(directory)
+    model = read_model_config(directory)
+    directories = (directory, *([Path(config.draft_model_path)] if config.draft_model_path is not None else []))
+    readers = [CheckpointReader.open(one) for one in directories]
     if device.type == "cpu":
-        # the native kernels keep the embedding as it is stored
         computed = dtype or torch.float32
-        weights = weight_bytes(reader, None if is_native else computed) + adapter_bytes(adapters, model, computed)
+        # the native kernels keep the embedding as it is stored
+        weights = sum(weight_bytes(reader, None if is_native else computed) for reader in readers)
+        weights += adapter_bytes(adapters, model, computed)
         check_host_fits(weights, host_memory.available_bytes())
         return
     dtype = dtype or model.dtype or torch.bfloat16
     workspace = _workspace(model, dtype, choose_limits(config, device))
-    weights = weight_bytes(reader, dtype) + adapter_bytes(adapters, model, dtype)
+    weights = sum(weight_bytes(reader, dtype) for reader in readers) + adapter_bytes(adapters, model, dtype)
     check_gpu_fits(weights, workspace, gpu_memory(device), config)
 
 
@@ -247,6 +261,13 @@ def _check_cache_size(
     geometry = _geometry(config, model, dtype, device, is_native=is_native)
     if config.kv_cache_bytes is not None:
         choose_size(config, geometry, device)
+
+
+def _draft_geometry(config: EngineConfig, draft: LoadedModel | None, device: torch.device) -> KvGeometry | None:
+    if draft is None:
+        return None
+    dtype = draft.config.dtype or draft.decoder.embedding.dtype
+    return _geometry(config, draft.config, dtype, device, is_native=draft.is_native)
 
 
 def _geometry(

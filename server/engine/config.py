@@ -35,6 +35,7 @@ class EngineConfig:
     that it gets alone, whatever is cached, preempted or computed beside it.
     num_speculative_tokens: guesses at what comes next that a step verifies for a sequence, at most; 0 for none.
     adapters: those that requests may choose; all are in memory.
+    draft_model_path: a checkpoint directory of a small model that makes the guesses; None: they are looked up.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
@@ -56,3 +57,4 @@ class EngineConfig:
     deterministic: bool = False
     num_speculative_tokens: int = 0
     adapters: tuple[AdapterConfig, ...] = ()
+    draft_model_path: str | None = None

@@ -35,6 +35,7 @@ def build_batch(rows: Sequence[SamplingRow], device: torch.device) -> SamplingBa
         positions=copy_to_device(np.array([row.position for row in rows], dtype=np.int64), device),
         penalties=_build_penalties(rows, device) if any(has_penalty(p) for p in params) else None,
         bias=_build_bias(rows, device),
+        allowed=_build_masks(rows, device),
     )
 
 
@@ -69,6 +70,17 @@ def _build_bias(rows: Sequence[SamplingRow], device: torch.device) -> LogitBias 
         token_ids=copy_to_device(np.array([token for token, _ in flat], dtype=np.int64), device),
         values=copy_to_device(np.array([value for _, value in flat], dtype=np.float32), device),
     )
+
+
+def _build_masks(rows: Sequence[SamplingRow], device: torch.device) -> Tensor | None:
+    """What each row allows, all where it says nothing; None where no row says anything."""
+    masks = [(index, row.allowed) for index, row in enumerate(rows) if row.allowed is not None]
+    if not masks:
+        return None
+    words = np.full((len(rows), len(masks[0][1])), -1, dtype=np.int32)
+    for index, mask in masks:
+        words[index] = mask
+    return copy_to_device(words, device)
 
 
 def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:

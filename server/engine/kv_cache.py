@@ -31,7 +31,8 @@ _MIB = 2**20
 class KvGeometry:
     """What decides the size of the cache. dtype: of the cache. max_model_len: the longest context of the training.
 
-    native: for the native CPU kernels, which have keys in an order of their own.
+    native: for the native CPU kernels, which have keys in an order of their own. draft: of the model that guesses,
+    whose cache has as many blocks.
     """
 
     num_layers: int
@@ -40,11 +41,13 @@ class KvGeometry:
     dtype: torch.dtype
     max_model_len: int
     native: bool = False
+    draft: "KvGeometry | None" = None
 
     @property
     def bytes_per_token(self) -> int:
         scale_bytes = torch.float32.itemsize if self.dtype in CODE_DTYPES else 0
-        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
+        own = 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
+        return own + (self.draft.bytes_per_token if self.draft is not None else 0)
 
 
 @dataclass(frozen=True)

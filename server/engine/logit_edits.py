@@ -1,6 +1,6 @@
-"""Changes to single logits before a token is chosen: bias, penalties, stop tokens that are still barred.
+"""Changes to logits before a token is chosen: bias, penalties, stop tokens that are still barred, masks.
 
-Each touches few entries of a row, so they are lists of (row, token, value) and never [rows, vocabulary] masks.
+All but the masks touch few entries of a row, so they are lists of (row, token, value), never [rows, vocabulary].
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from server.engine.step_plan import SamplingRow, TokenIds
 
 
 def edit_logits(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """float32 [S, V] with bias, then penalties, then bars; the argument itself when no row asks for any.
+    """float32 [S, V] with bias, then penalties, then bars and masks; the argument itself when no row asks for any.
 
     The order is vLLM's. Repetition penalty counts prompt and output, presence and frequency penalty the output only.
     """
@@ -25,11 +25,12 @@ def edit_logits(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     _add_bias(edited, rows)
     _apply_penalties(edited, rows)
     _bar_stop_tokens(edited, rows)
+    _bar_masked_tokens(edited, rows)
     return edited
 
 
 def _wants_edits(row: SamplingRow) -> bool:
-    return bool(row.params.logit_bias) or has_penalty(row.params) or row.bars_stop_tokens
+    return bool(row.params.logit_bias) or has_penalty(row.params) or row.bars_stop_tokens or row.allowed is not None
 
 
 def has_penalty(params: SamplingParams) -> bool:
@@ -52,6 +53,15 @@ def _bar_stop_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     if entries:
         row_index, token_index = zip(*entries, strict=True)
         logits[_on(logits, row_index), _on(logits, token_index)] = float("-inf")
+
+
+def _bar_masked_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    masked = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if masked:
+        words = np.stack([row.allowed for row in rows if row.allowed is not None]).astype("<i4")
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+        is_barred = torch.from_numpy(bits == 0).to(logits.device)
+        logits[masked] = logits[masked].masked_fill_(is_barred, float("-inf"))
 
 
 def _apply_penalties(logits: Tensor, rows: Sequence[SamplingRow]) -> None:

@@ -9,6 +9,7 @@ from server.engine.admission import check_request
 from server.engine.request import EngineNews, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 from server.engine.scheduler import Scheduler
 from server.engine.step_plan import StepPlan, StepRunner
+from server.engine.structured_output import GrammarBackend, start_guide
 from server.errors import ServerError
 
 Publish = Callable[[EngineNews], None]
@@ -25,13 +26,15 @@ class EngineLoop:
         model: ModelInfo,
         publish: Publish,
         clock: Clock = time.monotonic,
+        grammars: GrammarBackend | None = None,
     ) -> None:
-        """clock: the seconds that deadlines of requests are measured by."""
+        """clock: the seconds that deadlines of requests are measured by. grammars: for structured output."""
         self._scheduler = scheduler
         self._runner = runner
         self._model = model
         self._publish = publish
         self._clock = clock
+        self._grammars = grammars
 
     @property
     def has_work(self) -> bool:
@@ -41,12 +44,14 @@ class EngineLoop:
         """Queue a request; one that could never run ends at once, with the reason."""
         try:
             check_request(request, self._model)
+            structure = request.sampling.structure
+            guide = None if structure is None else start_guide(structure, self._grammars, self._model.vocab_size)
         except ServerError as error:
             self._publish_event(
                 TokenEvent(request.request_id, (), finish_reason=FinishReason.ERROR, error=error.message)
             )
             return
-        self._scheduler.add(request)
+        self._scheduler.add(request, guide)
 
     def abort(self, request_id: str) -> None:
         """End a request now and free its blocks. One that has ended already is nobody's loss."""

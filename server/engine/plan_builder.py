@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from server.engine.block_tables import BlockTables
 from server.engine.sequence import Sequence
 from server.engine.step_plan import PromptLogprobRows, SamplingRow, StepPlan, TokenIds
+from server.engine.structured_output import TokenMask
 
 
 def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started: tuple[str, ...]) -> StepPlan:
@@ -55,6 +56,9 @@ def _sampling_rows(num_tokens: Mapping[Sequence, int], starts: list[int]) -> tup
                 sequence.num_known,
                 sequence.num_prompt,
             )
+            if sequence.guide is not None:
+                rows.extend(_guided_rows(row, sequence.guide.masks(num_drafted)))
+                continue
             rows.append(row)
             if num_drafted:
                 rows.extend(
@@ -62,6 +66,14 @@ def _sampling_rows(num_tokens: Mapping[Sequence, int], starts: list[int]) -> tup
                     for offset in range(1, num_drafted + 1)
                 )
     return tuple(rows)
+
+
+def _guided_rows(first: SamplingRow, masks: list[TokenMask]) -> list[SamplingRow]:
+    """The row of the next token and one after each guess, each with what may stand there."""
+    return [
+        first._replace(token_index=first.token_index + offset, position=first.position + offset, allowed=mask)
+        for offset, mask in enumerate(masks)
+    ]
 
 
 def _token_ids(sequences: list[Sequence], counts: NDArray[np.int32], starts: list[int]) -> TokenIds:

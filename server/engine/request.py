@@ -14,6 +14,14 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True)
+class StructuredOutput:
+    """What an output must keep to. source: a JSON schema, a regular expression or a grammar, as text."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    source: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. Ranges are checked by the API; the defaults switch everything off.
 
@@ -22,6 +30,7 @@ class SamplingParams:
     distribution the model gives, before temperature and truncation. prompt_logprobs: the same for the prompt's tokens.
     stop_token_ids end the request (end-of-sequence ids included, unless the client asked to ignore them);
     they are barred until min_tokens are out.
+    structure: what the output must keep to; the request ends when it is whole and nothing may follow.
     """
 
     max_tokens: int
@@ -38,6 +47,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    structure: StructuredOutput | None = None
 
 
 @dataclass(frozen=True)

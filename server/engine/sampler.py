@@ -15,19 +15,25 @@ from server.engine.step_plan import SampledToken, SamplingRow
 from server.engine.truncation import truncate
 
 NOT_FINITE = "the model's logits are not finite numbers, so no token could be chosen"
+NONE_LEFT = (
+    "no token could be chosen: min_tokens and logit_bias bar all that the output's structure allows here, or the "
+    "model's logits are not finite numbers"
+)
 
 
 def sample(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> tuple[SampledToken, ...]:
     """The next token of each row from float32 logits [S, V], one row of logits a sampling row, and at least one.
 
-    Edits (bias, penalties, bars), then temperature, then top-k, top-p and min-p, then the draw; greedy rows take the
-    largest edited logit. A row whose logits are not finite gets an error and disturbs no other.
+    Edits (bias, penalties, bars, masks), then temperature, then top-k, top-p and min-p, then the draw; greedy rows
+    take the largest edited logit. A row whose logits are not finite gets an error and disturbs no other.
     """
     chosen = _choose(logits_SV, rows)
     # the one point where the host waits for the device
     tokens = [
-        SampledToken(0, error=NOT_FINITE) if token_id == NO_TOKEN else SampledToken(token_id)
-        for token_id in chosen.tolist()
+        SampledToken(0, error=NOT_FINITE if row.allowed is None else NONE_LEFT)
+        if token_id == NO_TOKEN
+        else SampledToken(token_id)
+        for token_id, row in zip(chosen.tolist(), rows, strict=True)
     ]
     return _with_logprobs(tokens, logits_SV, chosen, rows)
 

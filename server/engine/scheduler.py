@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from itertools import islice
 
 from server.engine.block_pool import BlockPool
-from server.engine.block_tables import BlockTables
+from server.engine.cache_manager import CacheManager
 from server.engine.draft_length import Speculation
+from server.engine.drafter import Drafter, PromptLookup
 from server.engine.errors import EngineSetupError
+from server.engine.output_tokens import OutputTokens
 from server.engine.plan_builder import build_plan
-from server.engine.request import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from server.engine.request import EngineStats, FinishReason, GenerationRequest, TokenEvent
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.step_budget import StepBudget
 from server.engine.step_plan import SampledToken, StepPlan, StepResult
-from server.engine.token_events import event_of_end, join_events, timeout_event
+from server.engine.structured_output import OutputGuide
+from server.engine.token_events import event_of_end, timeout_event
 from server.engine.waiting_queue import WaitingQueue
 
 # a sequence preempted this often is spared until all that run are: no request is recomputed for ever
@@ -67,11 +70,19 @@ class SchedulerLimits:
 class Scheduler:
     """add, abort and expire between steps; then plan_step, execute elsewhere, apply, or take_back if that failed."""
 
-    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, drafter: Drafter | None = None) -> None:
+        """drafter: what guesses where limits.speculation says so; prompt look-up where there is none."""
         self._limits = limits
+        self._drafter = (drafter or PromptLookup()) if limits.speculation is not None else None
         self._pool = pool
         self._budget = StepBudget(limits.max_num_batched_tokens, limits.max_num_seqs, limits.prefill_chunk or 1)
-        self._tables = BlockTables(limits.max_num_seqs, pool.block_size)
+        self._cache = CacheManager(
+            pool,
+            limits.max_num_seqs,
+            prefix_caching=limits.prefix_caching,
+            shared_chunk=limits.prefill_chunk if limits.deterministic else None,
+        )
+        self._output = OutputTokens()
         self._sequences: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
         # the most urgent first, those of one priority as they started: whoever is last yields first
@@ -82,13 +93,7 @@ class Scheduler:
         self._next_deadline = math.inf
         self._num_preemptions = 0
         self._num_out_of_memory = 0
-        self._prompt_tokens = 0
-        self._cached_prompt_tokens = 0
-        self._generation_tokens = 0
         self._num_steps = 0
-        self._num_drafts = 0
-        self._draft_tokens = 0
-        self._accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -101,14 +106,14 @@ class Scheduler:
             num_free_blocks=self._pool.num_free,
             num_blocks=self._pool.num_blocks,
             num_preemptions=self._num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=self._output.prompt_tokens,
+            generation_tokens=self._output.generation_tokens,
             num_steps=self._num_steps,
-            cached_prompt_tokens=self._cached_prompt_tokens,
+            cached_prompt_tokens=self._output.cached_prompt_tokens,
             num_out_of_memory=self._num_out_of_memory,
-            num_drafts=self._num_drafts,
-            draft_tokens=self._draft_tokens,
-            accepted_tokens=self._accepted_tokens,
+            num_drafts=self._output.num_drafts,
+            draft_tokens=self._output.draft_tokens,
+            accepted_tokens=self._output.accepted_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -118,10 +123,10 @@ class Scheduler:
         assert len(queued) == len(self._sequences), "a sequence is in no queue, or in two"
         assert set(queued) == set(self._sequences.values()), "a queue holds a sequence that has ended"
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request that is known to fit the cache when it runs alone."""
+    def add(self, request: GenerationRequest, guide: OutputGuide | None = None) -> None:
+        """Queue a request that is known to fit the cache when it runs alone. guide: what its output keeps to."""
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
-        sequence = Sequence(request, self._pool.block_size)
+        sequence = Sequence(request, self._pool.block_size, guide)
         assert sequence.max_num_blocks <= self._pool.num_blocks, "the request can never fit the cache"
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)
@@ -165,19 +170,19 @@ class Scheduler:
         for sequence, share in num_tokens.items():
             # mostly one token is added to a block that stays open
             if share > 1 or (sequence.num_computed + 1) % block_size == 0:
-                self._offer(sequence, share)
+                self._cache.offer(sequence, share)
         self._admitted = []
         # who was just preempted comes first, so nobody new may take the room it left
         if num_preemptions == self._num_preemptions:
             while budget > 0 and (admitted := self._admit_next(budget)) is not None:
                 num_tokens[admitted] = self._share(admitted, budget)
-                self._offer(admitted, num_tokens[admitted])
+                self._cache.offer(admitted, num_tokens[admitted])
                 budget -= num_tokens[admitted]
         if not num_tokens:
             assert not self._sequences, "requests wait, yet none fits the empty cache"
             return None
-        if self._limits.speculation is not None and not self._budget.is_reduced:
-            self._add_drafts(self._limits.speculation, num_tokens, budget)
+        if self._limits.speculation is not None and self._drafter is not None and not self._budget.is_reduced:
+            self._add_drafts(self._limits.speculation, self._drafter, num_tokens, budget)
         self._num_steps += 1
         self._waiting.charge(num_tokens)
         return self._freeze(num_tokens)
@@ -196,9 +201,14 @@ class Scheduler:
             sequence = self._sequences[row.request_id]
             if sequence.num_drafted:
                 tokens = [token, *(following for _, following in islice(drawn, sequence.num_drafted))]
-                events.append(self._take_verified(sequence, tokens))
+                event = self._take_verified(sequence, tokens)
             else:
-                events.append(self._take_token(sequence, token))
+                event = self._output.take(sequence, token)
+            if event.finish_reason is not None:
+                if event.finish_reason is FinishReason.ERROR:
+                    self._cache.forget(sequence)
+                self._finish(sequence)
+            events.append(event)
         return events
 
     def take_back(self, plan: StepPlan) -> list[TokenEvent]:
@@ -211,9 +221,7 @@ class Scheduler:
         num_drafted = sum(sequence.num_drafted for sequence in sequences)
         for sequence in sequences:
             sequence.num_drafted = 0
-            # others might find there what is not there
-            self._pool.forget(sequence.blocks[sequence.num_computed // self._pool.block_size :])
-            sequence.num_shareable = min(sequence.num_shareable, sequence.num_computed)
+            self._cache.forget_uncomputed(sequence)
         for sequence in reversed(self._admitted):
             # it may have counted on blocks that another of this step was to compute
             self._stop_running(sequence)
@@ -223,62 +231,30 @@ class Scheduler:
         self._finish(sequences[0])
         return [event_of_end(sequences[0], FinishReason.ERROR, _OUT_OF_MEMORY)]
 
-    def _take_token(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        if token.error is not None:
-            self._pool.forget(sequence.blocks)
-            self._finish(sequence)
-            return event_of_end(sequence, FinishReason.ERROR, token.error)
-        sequence.append_token(token.token_id)
-        self._generation_tokens += 1
-        params = sequence.request.sampling
-        num_output = sequence.num_known - sequence.num_prompt
-        finish_reason: FinishReason | None = None
-        if token.token_id in params.stop_token_ids and num_output > params.min_tokens:
-            finish_reason = FinishReason.STOP
-        elif num_output == params.max_tokens:
-            finish_reason = FinishReason.LENGTH
-        logprobs = () if token.logprob is None else (token.logprob,)
-        prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-        num_cached = 0
-        if num_output == 1:
-            num_cached = sequence.num_cached_prompt
-            self._prompt_tokens += sequence.num_prompt
-            self._cached_prompt_tokens += num_cached
-            if sequence.scores_prompt:
-                prompt_logprobs = (None, *sequence.prompt_logprobs)
-        if finish_reason is not None:
-            self._finish(sequence)
-        # by position: names cost half as much again, for each token of each request
-        return TokenEvent(
-            sequence.request_id, (token.token_id,), logprobs, prompt_logprobs, finish_reason, None, num_cached
-        )
-
     def _take_verified(self, sequence: Sequence, tokens: list[SampledToken]) -> TokenEvent:
-        """The first token and, of those drawn after guesses, each whose guess came true, up to the request's end."""
-        self._num_drafts += 1
-        self._draft_tokens += sequence.num_drafted
+        num_drafted = sequence.num_drafted
         num_accepted = sequence.settle_draft(tokens)
         # nobody was offered yet what only guesses filled
-        self._offer(sequence, 0)
-        events = [self._take_token(sequence, tokens[0])]
-        for token in tokens[1 : num_accepted + 1]:
-            if events[-1].finish_reason is not None:
-                break
-            events.append(self._take_token(sequence, token))
-        self._accepted_tokens += len(events) - 1
-        return join_events(events)
+        self._cache.offer(sequence, 0)
+        return self._output.take_verified(sequence, tokens[: num_accepted + 1], num_drafted)
 
-    def _add_drafts(self, speculation: Speculation, num_tokens: dict[Sequence, int], budget: int) -> None:
+    def _add_drafts(
+        self, speculation: Speculation, drafter: Drafter, num_tokens: dict[Sequence, int], budget: int
+    ) -> None:
         """Spend what nobody else needs of a step, budget and blocks, on guesses at what comes after known tokens."""
-        row_cost = speculation.relative_cost(len(num_tokens), sum(num_tokens.values()))
+        cost = speculation.relative_cost(len(num_tokens), sum(num_tokens.values()))
+        wanted = {}
         for sequence in num_tokens:
-            if sequence.num_known - sequence.num_computed > 1:
-                continue
-            sequence.put_draft(min(speculation.num_tokens, budget), row_cost)
-            if not self._allocate_missing(sequence):
+            if sequence.num_known - sequence.num_computed == 1 and budget:
+                length = sequence.choose_draft_length(min(speculation.num_tokens, budget), cost)
+                if length:
+                    wanted[sequence] = length
+                    budget -= length
+        for sequence, guesses in drafter.draft(wanted).items():
+            sequence.put_draft(guesses)
+            if not self._cache.allocate_missing(sequence):
                 sequence.num_drafted = sequence.num_places - sequence.num_known
             num_tokens[sequence] += sequence.num_drafted
-            budget -= sequence.num_drafted
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence gets of what is left of a step's budget; 0 if its chunk does not fit."""
@@ -293,63 +269,26 @@ class Scheduler:
         wanted = min(missing, chunk - sequence.num_computed % chunk)
         return wanted if wanted <= budget else 0
 
-    def _take_cached(self, sequence: Sequence) -> None:
-        """Give a sequence without blocks those that hold the beginning of what it knows; one token is left to do."""
-        # scores of a prompt need all of it computed
-        if not self._limits.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
-            return
-        num_wanted = sequence.num_known - 1
-        unit = self._pool.block_size
-        if self._limits.deterministic and self._limits.prefill_chunk is not None:
-            num_wanted = min(num_wanted, sequence.num_prompt)
-            unit = math.lcm(unit, self._limits.prefill_chunk)
-        found = self._pool.take_cached(sequence.block_keys(num_wanted - num_wanted % unit))
-        num_cached = len(found) * self._pool.block_size // unit * unit
-        num_blocks = num_cached // self._pool.block_size
-        self._pool.release(found[num_blocks:])
-        sequence.add_blocks(found[:num_blocks])
-        sequence.num_computed = sequence.num_shareable = num_cached
-
-    def _offer(self, sequence: Sequence, num_tokens: int) -> None:
-        """Let others find the blocks that are full when this step has computed so many tokens of the sequence.
-
-        Whoever reads them runs later, or in the same step and after it, where every layer writes before it reads.
-        """
-        if not self._limits.prefix_caching:
-            return
-        start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        chunk = self._limits.prefill_chunk
-        if self._limits.deterministic and (
-            start != sequence.num_shareable or num_tokens != chunk or end > sequence.num_prompt
-        ):
-            return
-        first, last = sequence.num_shareable // self._pool.block_size, end // self._pool.block_size
-        sequence.num_shareable = end
-        if first < last:
-            keys = sequence.block_keys(end)
-            for index in range(first, last):
-                self._pool.name(sequence.blocks[index], keys[index])
-
     def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence to the running ones, with blocks for all it knows; None if it must wait."""
         if not self._waiting or len(self._running) >= self._budget.num_seqs:
             return None
         sequence = self._waiting.first()
-        self._take_cached(sequence)
-        if not self._share(sequence, budget) or not self._allocate_missing(sequence):
-            self._pool.release(sequence.take_blocks())
+        self._cache.take_cached(sequence)
+        if not self._share(sequence, budget) or not self._cache.allocate_missing(sequence):
+            self._cache.release(sequence)
             return None
         self._waiting.start(sequence)
         insort(self._running, sequence, key=_priority)
         self._admitted.append(sequence)
         sequence.state = SequenceState.RUNNING
-        sequence.enter_tables(self._tables)
+        sequence.enter_tables(self._cache.tables)
         return sequence
 
     def _make_room(self, sequence: Sequence) -> list[Sequence]:
         """Give a running sequence blocks for all it knows. Returns who was preempted for it, itself perhaps."""
         victims: list[Sequence] = []
-        while sequence.state is SequenceState.RUNNING and not self._allocate_missing(sequence):
+        while sequence.state is SequenceState.RUNNING and not self._cache.allocate_missing(sequence):
             # the last, so of the least urgent, of those that have not been preempted too often
             victim = min(reversed(self._running), key=lambda other: other.num_preemptions >= PREEMPTION_BOUND)
             self._preempt(victim)
@@ -365,16 +304,10 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         sequence.leave_tables()
-        self._pool.release(sequence.take_blocks())
+        self._cache.release(sequence)
+        if self._drafter is not None:
+            self._drafter.stop(sequence)
         sequence.state = SequenceState.WAITING
-
-    def _allocate_missing(self, sequence: Sequence) -> bool:
-        if sequence.num_missing_blocks == 0:
-            return True
-        blocks = self._pool.allocate(sequence.num_missing_blocks)
-        if blocks is not None:
-            sequence.add_blocks(blocks)
-        return blocks is not None
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:
@@ -392,7 +325,7 @@ class Scheduler:
             sequence.was_started = True
             if sequence.num_preemptions == 0:
                 sequence.num_cached_prompt = sequence.num_computed
-        return build_plan(num_tokens, self._tables, tuple([sequence.request_id for sequence in first_time]))
+        return build_plan(num_tokens, self._cache.tables, tuple([sequence.request_id for sequence in first_time]))
 
 
 def _priority(sequence: Sequence) -> int:

@@ -7,10 +7,10 @@ from enum import Enum
 import numpy as np
 
 from server.engine.block_tables import BlockTables
-from server.engine.draft_length import DraftLength
-from server.engine.ngram_drafter import NgramDrafter
+from server.engine.draft_length import DraftCost, DraftLength
 from server.engine.request import GenerationRequest, TokenLogprob
 from server.engine.step_plan import SampledToken, TokenIds
+from server.engine.structured_output import OutputGuide
 
 
 class SequenceState(Enum):
@@ -25,8 +25,9 @@ class Sequence:
     What a step looks at is a plain attribute, not a property: that is read for every sequence in every step.
     """
 
-    def __init__(self, request: GenerationRequest, block_size: int) -> None:
+    def __init__(self, request: GenerationRequest, block_size: int, guide: OutputGuide | None = None) -> None:
         self.request = request
+        self.guide = guide
         self.request_id = request.request_id
         self.priority = request.priority
         self.deadline = math.inf if request.deadline is None else request.deadline
@@ -53,8 +54,8 @@ class Sequence:
         self.last_token_id = request.prompt_token_ids[-1]
         # guesses that stand after the known tokens while a step verifies them
         self.num_drafted = 0
-        self._drafter = NgramDrafter()
-        self._draft_length = DraftLength()
+        # from the first step on that could guess
+        self._draft_length: DraftLength | None = None
         self._token_ids = np.empty(self.num_prompt + request.sampling.max_tokens, dtype=np.int64)
         self._token_ids[: self.num_prompt] = request.prompt_token_ids
         # a read-only view of the known tokens and of what will come after them
@@ -100,15 +101,19 @@ class Sequence:
             self._block_keys.append(hashlib.sha256(b"%d:%b%b" % (len(before), before, tokens)).digest())
         return self._block_keys[:num_blocks]
 
-    def put_draft(self, longest: int, row_cost: float) -> None:
-        """Guess what comes after the known tokens, up to longest, as far as it pays: see `DraftLength.choose`."""
+    def choose_draft_length(self, longest: int, cost: DraftCost) -> int:
+        """How many guesses, up to longest, are worth their cost: see `DraftLength.choose`."""
+        if self._draft_length is None:
+            self._draft_length = DraftLength()
         # the step draws one token more than it verifies
-        longest = min(longest, len(self._token_ids) - self.num_known - 1)
-        length = self._draft_length.choose(longest, row_cost)
-        if length:
-            guesses = self._drafter.draft(self.token_ids, length)
-            self._token_ids[self.num_known : self.num_known + len(guesses)] = guesses
-            self.num_drafted = len(guesses)
+        return self._draft_length.choose(min(longest, len(self._token_ids) - self.num_known - 1), cost)
+
+    def put_draft(self, guesses: TokenIds) -> None:
+        """Put guesses after the known tokens, as far as its guide allows them."""
+        if self.guide is not None:
+            guesses = guesses[: self.guide.cut(guesses.tolist())]
+        self._token_ids[self.num_known : self.num_known + len(guesses)] = guesses
+        self.num_drafted = len(guesses)
 
     def settle_draft(self, tokens: list[SampledToken]) -> int:
         """How many of the first guesses came true, by the tokens drawn in their places: what is computed ends there."""
@@ -119,6 +124,7 @@ class Sequence:
             if tokens[num_accepted + 1].error is not None:
                 break
             num_accepted += 1
+        assert self._draft_length is not None, "guesses that nobody asked for"
         self._draft_length.note(self.num_drafted, num_accepted)
         self.num_drafted = 0
         self.num_computed = self.num_known + num_accepted
@@ -127,6 +133,20 @@ class Sequence:
     def append_token(self, token_id: int) -> None:
         self._token_ids[self.num_known] = self.last_token_id = token_id
         self.num_known += 1
+
+    def revise(self, start: int, token_ids: TokenIds) -> None:
+        """Let the known tokens end with these, from start on; what is computed ends where they are others than before.
+
+        At least the last of them, of which there must be one, is left to compute.
+        """
+        stop = start + len(token_ids)
+        num_common = min(self.num_known, stop) - start
+        differs = self.text[start : start + num_common] != token_ids[:num_common]
+        num_same = int(differs.argmax()) if differs.any() else num_common
+        self.num_computed = min(self.num_computed, start + num_same, stop - 1)
+        self._token_ids[start:stop] = token_ids
+        self.num_known = stop
+        self.last_token_id = int(token_ids[-1])
 
     def enter_tables(self, tables: BlockTables) -> None:
         """Keep its blocks in a row of the tables from now on."""

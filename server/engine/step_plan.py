@@ -18,7 +18,8 @@ class SamplingRow(NamedTuple):
     """One token to draw: the hidden state at flat index token_index predicts it.
 
     position: of the drawn token. text: int64, begins with the prompt and the output before that position; the end of
-    that output may be guesses, whose own rows stand before this one. A tuple, as every step has one for each sequence:
+    that output may be guesses, whose own rows stand before this one. allowed: int32 [ceil(V / 32)], as
+    `SamplingBatch.allowed` has it for one row; None allows all. A tuple, as every step has one for each sequence:
     a frozen dataclass takes three times as long to make.
     """
 
@@ -28,6 +29,7 @@ class SamplingRow(NamedTuple):
     text: TokenIds
     position: int
     num_prompt_tokens: int
+    allowed: NDArray[np.int32] | None = None
 
     @property
     def token_ids(self) -> TokenIds:

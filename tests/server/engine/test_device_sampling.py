@@ -12,6 +12,7 @@ from server.engine.request import SamplingParams
 from server.engine.sampler import sample
 from server.engine.step_plan import SamplingRow
 from tests.kernels.launches import DEVICE
+from tests.server.engine.automaton import bits
 
 VOCAB_SIZE = 1000
 PLAIN = SamplingParams(max_tokens=99)
@@ -79,11 +80,24 @@ def test_a_poisoned_row_fails_alone() -> None:
     assert choose_tokens(logits.to(DEVICE), rows).tolist() == [clean[0], NO_TOKEN, clean[2]]
 
 
+def test_a_mask_allows_the_tokens_that_it_allows_on_the_cpu() -> None:
+    # given rows with a mask beside rows with none, greedy and drawn
+    rows = [row(replace(PLAIN, seed=seed, **choice)) for seed, choice in enumerate((*CHOICES, *CHOICES))]
+    rows = [one._replace(allowed=bits(range(3, 1000, 97))) if index % 3 else one for index, one in enumerate(rows)]
+    logits = random_logits(len(rows))
+
+    tokens = choose_tokens(logits.to(DEVICE), rows).tolist()
+
+    assert tokens == [token.token_id for token in sample(logits, rows)]
+    assert all(token in range(3, 1000, 97) for index, token in enumerate(tokens) if index % 3)
+
+
 def test_what_no_row_asks_for_is_left_out() -> None:
     plain, edited = build_batch([row(PLAIN)], DEVICE), build_batch([row(PLAIN), row(EVERYTHING)], DEVICE)
 
     assert plain.penalties is None
     assert plain.bias is None
+    assert plain.allowed is None
     # a row without penalties brings no text
     assert edited.penalties is not None
     assert edited.penalties.starts.tolist() == [0, 0, 4]

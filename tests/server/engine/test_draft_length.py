@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from server.engine.draft_length import DraftLength, Speculation
+from server.engine.draft_length import DraftCost, DraftLength, Speculation
 
 
 def speed_of(acceptance: float, row_cost: float, num_steps: int, rng: random.Random) -> float:
@@ -12,7 +12,7 @@ def speed_of(acceptance: float, row_cost: float, num_steps: int, rng: random.Ran
     length = DraftLength()
     tokens = time = 0.0
     for _ in range(num_steps):
-        num_drafted = length.choose(8, row_cost)
+        num_drafted = length.choose(8, DraftCost(row_cost))
         num_accepted = 0
         while num_accepted < num_drafted and rng.random() < acceptance:
             num_accepted += 1
@@ -43,26 +43,26 @@ def test_it_tries_again_after_a_while_and_goes_on_if_that_comes_true() -> None:
     length = DraftLength()
     # given a text that came true in nothing
     for _ in range(200):
-        num_drafted = length.choose(8, 0.2)
+        num_drafted = length.choose(8, DraftCost(0.2))
         if num_drafted:
             length.note(num_drafted, 0)
     # when all comes true from now on
     drafted = []
     for _ in range(60):
-        drafted.append(length.choose(8, 0.2))
+        drafted.append(length.choose(8, DraftCost(0.2)))
         if drafted[-1]:
             length.note(drafted[-1], drafted[-1])
     assert drafted[-20:] == [8] * 20
 
 
 def test_a_request_at_its_end_guesses_nothing() -> None:
-    assert [DraftLength().choose(longest, 0.01) for longest in (0, -1)] == [0, 0]
+    assert [DraftLength().choose(longest, DraftCost(0.01)) for longest in (0, -1)] == [0, 0]
 
 
 def test_the_more_sequences_share_a_step_the_dearer_a_guess_for_each() -> None:
     speculation = Speculation(num_tokens=8, row_cost=0.2)
-    assert speculation.relative_cost(1, 1) == pytest.approx(0.2)
+    assert speculation.relative_cost(1, 1).guess == pytest.approx(0.2)
     # a step of eight takes 2.4 times as long as one of one, and eight more rows 1.6
-    assert speculation.relative_cost(8, 8) == pytest.approx(1.6 / 2.4)
+    assert speculation.relative_cost(8, 8).guess == pytest.approx(1.6 / 2.4)
     # beside a chunk of a prompt one more row is next to nothing
-    assert speculation.relative_cost(1, 513) < 0.002
+    assert speculation.relative_cost(1, 513).guess < 0.002

@@ -1,0 +1,109 @@
+"""A small model that guesses for a larger one: whether the two fit together, what it costs, and its drafter."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from quant.checkpoint.reader import CheckpointReader
+from server.engine.block_pool import BlockPool
+from server.engine.config import EngineConfig
+from server.engine.errors import EngineSetupError
+from server.engine.kernel_choice import KernelChoice
+from server.engine.kv_cache import KvCacheSize, KvGeometry, allocate_layers
+from server.engine.memory_plan import weight_bytes
+from server.engine.model_drafter import DraftLimits, ModelDrafter
+from server.engine.model_runner import ModelRunner
+from server.engine.scheduler import SchedulerLimits
+from server.model.config import ModelConfig, read_model_config
+from server.model.loader import LoadedModel, ignore_load_progress, load_model
+from server.model.native_loader import find_native_obstacle
+
+_TOKENIZER = "tokenizer.json"
+
+
+def check_draft_model(config: EngineConfig, model: ModelConfig) -> None:
+    """Raise EngineSetupError, before any weight is read, for a draft model whose tokens are not the model's."""
+    if config.draft_model_path is None:
+        return
+    if not config.num_speculative_tokens:
+        raise EngineSetupError(
+            f"draft_model is {config.draft_model_path}, but num_speculative_tokens is 0, so nothing is guessed: "
+            "set it to 4, say, or leave draft_model out"
+        )
+    directory = Path(config.draft_model_path)
+    draft = read_model_config(directory)
+    if draft.vocab_size != model.vocab_size:
+        raise EngineSetupError(
+            f"draft_model {directory} knows {draft.vocab_size} tokens and the model {model.vocab_size}: a draft model "
+            "must have the model's vocabulary, so take a small one of the same family"
+        )
+    vocabularies = [_read_vocabulary(Path(path)) for path in (config.model_path, directory)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise EngineSetupError(
+            f"{_TOKENIZER} of draft_model {directory} gives tokens other numbers than the model's: a draft model must "
+            "have the model's vocabulary, so take a small one of the same family"
+        )
+
+
+def _read_vocabulary(directory: Path) -> dict[str, int] | None:
+    """The number of each token; None where no tokenizer.json is beside the weights."""
+    file = directory / _TOKENIZER
+    if not file.is_file():
+        return None
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    # unigram models have a list of tokens and their scores
+    numbered = (
+        vocabulary.items()
+        if isinstance(vocabulary, dict)
+        else ((entry[0], number) for number, entry in enumerate(vocabulary))
+    )
+    return {**dict(numbered), **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}}
+
+
+def load_draft_model(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype | None, kernels: KernelChoice
+) -> LoadedModel | None:
+    """None where the settings name none. Raises as `load_model` does."""
+    if config.draft_model_path is None:
+        return None
+    directory = Path(config.draft_model_path)
+    native = kernels.native if kernels.native is not None and find_native_obstacle(directory) is None else None
+    return load_model(directory, device, dtype, ignore_load_progress, native)
+
+
+def draft_cost(config: EngineConfig) -> float:
+    """What a step of one takes of the draft model, as a part of the model's: both read their weights for it."""
+    if config.draft_model_path is None:
+        return 0.0
+    draft, model = (
+        weight_bytes(CheckpointReader.open(Path(path)), None) for path in (config.draft_model_path, config.model_path)
+    )
+    return draft / model
+
+
+def build_drafter(
+    draft: LoadedModel | None,
+    geometry: KvGeometry | None,
+    size: KvCacheSize,
+    limits: SchedulerLimits,
+    device: torch.device,
+) -> ModelDrafter | None:
+    """A drafter with a cache of as many blocks as the model's; None without a draft model and its cache's geometry.
+
+    Raises EngineSetupError where the cache cannot be allocated.
+    """
+    if draft is None or geometry is None:
+        return None
+    runner = ModelRunner(draft.decoder, allocate_layers(size, geometry, device))
+    return ModelDrafter(
+        runner,
+        BlockPool(size.num_blocks, size.block_size),
+        DraftLimits(
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            draft.config.max_position_embeddings,
+            limits.prefix_caching,
+        ),
+    )

@@ -10,7 +10,7 @@ TEXT   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench-cpu bench-memory bench-step bench-loader-memory bench-quality bench-gpu parity tune-gpu kernels-check kernels-check-oldest docker-check clean environment environment-dev
+.PHONY: help serve test check format bench-cpu bench-memory bench-step bench-loader-memory bench-quality bench-gpu parity tune-gpu kernels-check kernels-check-all kernels-check-oldest docker-check clean environment environment-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -61,7 +61,10 @@ bench-gpu: environment-dev ## check and time every kernel on a GPU in nine minut
 tune-gpu: environment-dev ## time other tiles on the shapes that miss their goal; the better ones go into kernels/tuned_tiles.json
 	$(BIN)/python benchmarks/gpu.py --phases machine,linear,tune --minutes 20 --tiles kernels/tuned_tiles.json $(ARGS)
 
-kernels-check: environment-dev ## compile every Triton kernel for every GPU architecture, without a GPU
+kernels-check: environment-dev ## compile each Triton kernel and tile for every GPU architecture, without a GPU
+	$(BIN)/python -m kernels.compile --sample $(ARGS)
+
+kernels-check-all: environment-dev ## the same for every combination of tile, dtype, bits and group size
 	$(BIN)/python -m kernels.compile $(ARGS)
 
 kernels-check-oldest: environment-dev ## the same with the oldest Triton that is supported, in a directory of its own

@@ -11,7 +11,7 @@ from kernels.int4_operands import check_linear, whole_blocks
 from kernels.int4_tile import multiply_blocks, store_tile
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
-from kernels.tiles import MANY_ROWS_TILES, num_splits
+from kernels.tiles import many_rows_tile, num_splits
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_splits"])
@@ -75,7 +75,7 @@ def gemm_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
     not fit.
     """
     operands = check_linear(x, weight, bias)
-    tile = MANY_ROWS_TILES[operands.arch]
+    tile = many_rows_tile(operands.arch, weight.group_size)
     out = torch.empty((operands.num_rows, operands.num_columns), dtype=x.dtype, device=x.device)
     if operands.num_rows == 0:
         return out

@@ -1,6 +1,6 @@
 """Data: every (architecture, tile, dtype, bits, group, dtype of the scales) of the INT4 linear layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, product
 
 from kernels import dequantize_int4, gemm_int4, gemv_int4, grouped_dense, grouped_int4
@@ -10,13 +10,14 @@ from kernels.tiles import (
     DENSE_BLOCK,
     DEQUANTIZING_WARPS,
     FEW_ROWS_TILES,
-    MANY_ROWS_TILES,
+    GROUPED_MAX_REGISTERS,
     MIN_GROUPED_ROWS,
     SUM_COLUMNS,
     LinearTile,
     few_rows_tile,
     grouped_dense_tile,
     grouped_tile,
+    many_rows_tile,
 )
 from kernels.variant import DTYPES, DType, Family, LoopRules, Variant, plain_variant
 
@@ -52,7 +53,7 @@ def all_variants(arch: int) -> list[Variant]:
         for bucket in FEW_ROWS_TILES[arch]:
             tile = few_rows_tile(arch, bucket, weights.group_size)
             variants += [few_rows_variant(arch, tile, weights, is_split=is_split) for is_split in (True, False)]
-        variants.append(many_rows_variant(arch, MANY_ROWS_TILES[arch], weights))
+        variants.append(many_rows_variant(arch, many_rows_tile(arch, weights.group_size), weights))
     for bucket in FEW_ROWS_TILES[arch]:
         if bucket >= MIN_GROUPED_ROWS:
             tiles = [(grouped_tile(arch, bucket, weights.group_size), weights) for weights in WEIGHTS]
@@ -73,7 +74,7 @@ def sample_variants(arch: int) -> list[Variant]:
     ]
     return [
         *few_rows,
-        many_rows_variant(arch, MANY_ROWS_TILES[arch], next(weights)),
+        many_rows_variant(arch, many_rows_tile(arch, 128), WEIGHTS[2]),
         grouped_variant(arch, grouped_tile(arch, MIN_GROUPED_ROWS, 128), WEIGHTS[2]),
         grouped_dense_variant(arch, grouped_dense_tile(arch, MIN_GROUPED_ROWS), "bf16"),
         dense_variant(arch, next(weights)),
@@ -108,7 +109,8 @@ def grouped_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
         "num_splits": "i32",
         "x_repeats": "i32",
     }
-    return _linear_variant("grouped_int4_kernel", arch, tile, weights, own, "experts")
+    variant = _linear_variant("grouped_int4_kernel", arch, tile, weights, own, "experts")
+    return replace(variant, max_registers=GROUPED_MAX_REGISTERS.get(arch))
 
 
 def grouped_dense_variant(arch: int, tile: LinearTile, dtype: DType) -> Variant:

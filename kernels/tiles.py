@@ -125,6 +125,18 @@ _MANY_ROWS_TILES = {
     120: LinearTile(num_rows=64, num_columns=128, num_warps=8, num_stages=2),
 }
 MANY_ROWS_TILES = {arch: _tuned(arch, MANY_ROWS, tile) for arch, tile in _MANY_ROWS_TILES.items()}
+# where a narrow group's two sums make that one spill, by architecture and group size
+_SMALL_GROUP_MANY_ROWS_TILES = {
+    (arch, 32): LinearTile(num_rows=32, num_columns=128, num_warps=8, num_stages=2) for arch in (86, 89, 120)
+}
+
+# of a thread over experts, by architecture: there the compiler spills some rather than take more than half of them,
+# unless it is told that it may
+GROUPED_MAX_REGISTERS = {86: 255, 89: 255, 120: 255}
+# by architecture, group size and rows, where that is not enough
+_SMALL_GROUP_GROUPED_TILES = {
+    (arch, 32, 64): LinearTile(num_rows=64, num_columns=32, num_warps=4, num_stages=3) for arch in (86, 89, 120)
+}
 
 # inputs that a program over experts which are not quantized multiplies a step
 DENSE_BLOCK = 64
@@ -199,6 +211,11 @@ def few_rows_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
     raise ValueError(f"the few-row kernel takes up to {MAX_FEW_ROWS} rows, not {num_rows}")
 
 
+def many_rows_tile(arch: int, group_size: int) -> LinearTile:
+    """The tile of the many-row kernel."""
+    return _SMALL_GROUP_MANY_ROWS_TILES.get((arch, group_size), MANY_ROWS_TILES[arch])
+
+
 def is_dense(arch: int, num_rows: int) -> bool:
     """Whether this many rows are multiplied with a dequantized weight."""
     return arch in DENSE_ROWS and num_rows >= DENSE_ROWS[arch]
@@ -215,6 +232,8 @@ def grouped_tile(arch: int, num_rows: int, group_size: int) -> LinearTile:
 
     The rows' 64-bit places take registers, which the widest tile has only with eight warps.
     """
+    if (arch, group_size, num_rows) in _SMALL_GROUP_GROUPED_TILES:
+        return _SMALL_GROUP_GROUPED_TILES[arch, group_size, num_rows]
     tile = replace(few_rows_tile(arch, num_rows, group_size), num_rows=num_rows)
     return replace(tile, num_warps=8) if tile.num_rows * tile.num_columns == WIDEST_GROUPED_TILE else tile
 

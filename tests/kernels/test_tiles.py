@@ -6,11 +6,12 @@ from kernels.layout import PLANAR_TILE_COLUMNS
 from kernels.tiles import (
     ARCHITECTURES,
     FEW_ROWS_TILES,
-    MANY_ROWS_TILES,
     MAX_FEW_ROWS,
     MIN_BLOCKS_PER_SPLIT,
     few_rows_tile,
+    grouped_tile,
     head_tile,
+    many_rows_tile,
     nearest_architecture,
     num_splits,
 )
@@ -27,7 +28,9 @@ def test_every_row_count_has_a_tile_that_holds_it(arch: int, group_size: int) ->
 
 @ARCHS
 def test_columns_of_every_tile_divide_the_padding_of_the_layout(arch: int) -> None:
-    for tile in (*FEW_ROWS_TILES[arch].values(), MANY_ROWS_TILES[arch]):
+    tiles = [*FEW_ROWS_TILES[arch].values(), *(many_rows_tile(arch, group_size) for group_size in (32, 64, 128))]
+    tiles += [grouped_tile(arch, num_rows, group_size) for num_rows in (16, 32, 64) for group_size in (32, 64, 128)]
+    for tile in tiles:
         assert PLANAR_TILE_COLUMNS % tile.num_columns == 0
 
 

@@ -1,7 +1,12 @@
 """A step that the device has no memory for is taken back, and smaller ones go on; nobody else pays for it."""
 
-import pytest
+from collections.abc import Callable
 
+import numpy as np
+import pytest
+import torch
+
+from server.engine.out_of_memory import is_out_of_memory
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.engine.step_budget import RECOVERY_STEPS, StepBudget
@@ -23,6 +28,51 @@ def test_whatever_the_memory_all_get_what_they_get_alone(memory: int, chunk: int
         assert engine.output(f"r{index}") == expected_output(request("", 1 + 3 * index, 9))
         assert engine.started.count(f"r{index}") == 1
     assert engine.pool.num_free == engine.num_blocks
+
+
+def no_memory_of_host() -> object:
+    return np.empty(2**50)
+
+
+def no_memory_of_torch() -> object:
+    return torch.empty(2**50)
+
+
+@pytest.mark.parametrize("allocate", [no_memory_of_host, no_memory_of_torch])
+def test_what_the_hosts_allocators_raise_is_known(allocate: Callable[[], object]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as raised:
+        allocate()
+    assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+    ],
+)
+def test_whoever_has_no_memory_the_engine_goes_on(error: Exception) -> None:
+    engine = simulation()
+    engine.runner.memory_tokens, engine.runner.memory_error = 4, error
+    engine.loop.submit(request("long", num_prompt=9))
+    engine.run_to_end()
+    assert engine.output("long") == expected_output(request("", 9))
+    assert engine.scheduler.stats().num_out_of_memory > 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError()])
+def test_another_error_is_not_taken_for_it(error: Exception) -> None:
+    engine = simulation()
+    engine.runner.memory_tokens, engine.runner.memory_error = 4, error
+    engine.loop.submit(request("long", num_prompt=9))
+    with pytest.raises(type(error)):
+        engine.loop.step()
 
 
 def test_those_that_decode_are_halved_until_they_fit() -> None:

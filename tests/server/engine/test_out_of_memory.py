@@ -123,9 +123,40 @@ def test_what_is_computed_after_a_failed_step_is_shared_as_ever() -> None:
     assert engine.events["again"][0].num_cached_tokens == 24
 
 
-@pytest.mark.parametrize(("chunk", "memory"), [(None, 0), (8, 7)])
-def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(chunk: int | None, memory: int) -> None:
-    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=chunk))
+@pytest.mark.parametrize("num_prompt", [5, 8, 20])
+def test_one_whose_chunk_does_not_fit_alone_is_computed_in_smaller_ones(num_prompt: int) -> None:
+    # given chunks of two blocks, and a device with memory for less
+    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=8))
+    engine.runner.memory_tokens = 4
+    for name in ("first", "second"):
+        engine.loop.submit(request(name, num_prompt))
+    engine.run_to_end()
+    for name in ("first", "second"):
+        assert engine.output(name) == expected_output(request("", num_prompt))
+    assert engine.pool.num_free == engine.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("chunk", "memory", "num_tries"),
+    # six blocks and then three; one block
+    [(24, 11, 2), (4, 3, 1)],
+)
+def test_a_chunk_is_halved_once_and_never_below_a_block(chunk: int, memory: int, num_tries: int) -> None:
+    engine = Simulation(40, 4, SchedulerLimits(1, 24, prefill_chunk=chunk))
+    engine.runner.memory_tokens = memory
+    engine.loop.submit(request("too much", num_prompt=30))
+    engine.run_to_end()
+    assert engine.finish_reasons("too much") == [FinishReason.ERROR]
+    assert engine.scheduler.stats().num_out_of_memory == num_tries
+
+
+@pytest.mark.parametrize(
+    ("chunk", "memory", "deterministic"), [(None, 0, False), (8, 3, False), (8, 7, True)], ids=str
+)
+def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(
+    chunk: int | None, memory: int, deterministic: bool
+) -> None:
+    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=chunk, deterministic=deterministic))
     engine.runner.memory_tokens = memory
     engine.loop.submit(request("too much", num_prompt=20))
     while engine.loop.has_work:

@@ -150,9 +150,7 @@ def test_a_chunk_is_halved_once_and_never_below_a_block(chunk: int, memory: int,
     assert engine.scheduler.stats().num_out_of_memory == num_tries
 
 
-@pytest.mark.parametrize(
-    ("chunk", "memory", "deterministic"), [(None, 0, False), (8, 3, False), (8, 7, True)], ids=str
-)
+@pytest.mark.parametrize(("chunk", "memory", "deterministic"), [(None, 0, False), (8, 3, False), (8, 7, True)], ids=str)
 def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(
     chunk: int | None, memory: int, deterministic: bool
 ) -> None:

@@ -81,6 +81,7 @@ class FakeRunner:
         self.failing_request_ids: set[str] = set()
         # the most tokens of a step that the device has memory for; None: of any
         self.memory_tokens: int | None = None
+        self.memory_error: Exception = torch.OutOfMemoryError()
 
     def execute(self, plan: StepPlan) -> StepResult:
         sequences, slots = sequence_of_token(plan), self.slots_by_position(plan)
@@ -88,7 +89,7 @@ class FakeRunner:
         if self.memory_tokens is not None and len(plan.token_ids) > self.memory_tokens:
             # some layers may have written when another finds no room
             self._tokens[written] = UNWRITTEN
-            raise torch.OutOfMemoryError
+            raise self.memory_error
         self._tokens[written] = plan.token_ids
         self.num_tokens_per_step.append(len(plan.token_ids))
         drawing = sequences[np.array([row.token_index for row in plan.sampling_rows], dtype=np.int64)]

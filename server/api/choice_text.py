@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
-from server.errors import DeadlineExceeded, EngineUnavailable, GenerationFailed
+from server.errors import DeadlineExceeded, EngineUnavailable, GenerationFailed, ServerError
 from server.text.detokenizer import Detokenizer
 from server.text.stop_strings import StopStrings
 from server.text.tokenizer import Tokenizer
+
+# of a reply that is whole; the other reasons are failures
+_WHOLE: dict[FinishReason | None, Literal["stop", "length"]] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+}
 
 
 @dataclass(frozen=True)
@@ -77,32 +83,26 @@ class ChoiceText:
         self._is_first = True
 
     def push(self, event: TokenEvent) -> ChoiceDelta:
-        """The delta for one event. Raises what the engine reports as failed or aborted."""
-        if event.finish_reason is FinishReason.ERROR:
-            raise GenerationFailed(event.error or "the engine failed on this request")
-        if event.finish_reason is FinishReason.ABORTED:
-            raise EngineUnavailable(event.error or "the server ended this request before it was done")
-        if event.finish_reason is FinishReason.TIMEOUT:
-            raise DeadlineExceeded(event.error or "the time for this request was over")
+        """The delta for the tokens of one event; `failure_of` tells what it reports as failed after them."""
         self._num_cached_tokens += event.num_cached_tokens
         text = self._echo(event) if self._is_first else ""
         self._is_first = False
         if self._choice.discards_output:
-            is_over = event.finish_reason is not None
-            return self._delta(text, "length" if is_over else None)
+            return self._delta(text, "length" if event.finish_reason in _WHOLE else None)
         for position, token_id in enumerate(event.token_ids):
             logprob = event.logprobs[position] if event.logprobs else None
             shown, has_stopped = self._push_token(token_id, logprob, is_end=_is_end_token(event, position))
             text += shown
             if has_stopped:
                 return self._delta(text, "stop", is_cut=True)
-        if event.finish_reason is None:
+        finish_reason = _WHOLE.get(event.finish_reason)
+        if finish_reason is None:
             return self._delta(text, None)
         shown, has_stopped = self._search(self._detokenizer.finish())
         if has_stopped:
             return self._delta(text + shown, "stop", is_cut=True)
         rest = shown + self._stops.finish()
-        return self._delta(text + rest, "stop" if event.finish_reason is FinishReason.STOP else "length")
+        return self._delta(text + rest, finish_reason)
 
     def _push_token(self, token_id: int, logprob: TokenLogprob | None, *, is_end: bool) -> tuple[str, bool]:
         self._num_tokens += 1
@@ -152,6 +152,19 @@ class ChoiceText:
             num_cached_tokens=self._num_cached_tokens,
             finish_reason=finish_reason,
         )
+
+
+def failure_of(event: TokenEvent) -> ServerError | None:
+    """What the engine reports as failed, aborted or too late, after the event's tokens."""
+    match event.finish_reason:
+        case FinishReason.ERROR:
+            return GenerationFailed(event.error or "the engine failed on this request")
+        case FinishReason.ABORTED:
+            return EngineUnavailable(event.error or "the server ended this request before it was done")
+        case FinishReason.TIMEOUT:
+            return DeadlineExceeded(event.error or "the time for this request was over")
+        case _:
+            return None
 
 
 def echoed_prompt(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool) -> EchoedPrompt:

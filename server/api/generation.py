@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from server.api.choice_text import Choice, ChoiceDelta, ChoiceText
+from server.api.choice_text import Choice, ChoiceDelta, ChoiceText, failure_of
 from server.api.services import Services
 from server.errors import DeadlineExceeded, EngineUnavailable, GenerationFailed, ServerError
 from server.metrics import FinishedReason
@@ -33,6 +33,9 @@ async def _stream_choice(services: Services, choice: Choice) -> AsyncGenerator[C
                 if event.token_ids and not has_token:
                     has_token = True
                     services.metrics.count_first_token(time.monotonic() - started)
+                failure = failure_of(event)
+                if failure is not None and not event.token_ids:
+                    raise failure
                 delta = text.push(event)
                 if delta.finish_reason is not None:
                     outcome = delta.finish_reason
@@ -40,6 +43,8 @@ async def _stream_choice(services: Services, choice: Choice) -> AsyncGenerator[C
                     yield delta
                 if delta.finish_reason is not None:
                     return
+                if failure is not None:
+                    raise failure
     except ServerError as error:
         outcome = "timeout" if isinstance(error, DeadlineExceeded) else "error"
         if isinstance(error, GenerationFailed) and services.engine.status().state != "ready":

@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable
 
-import torch
-
 from server.engine.admission import check_request
+from server.engine.out_of_memory import execute_within_memory
 from server.engine.request import EngineNews, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 from server.engine.scheduler import Scheduler
 from server.engine.step_plan import StepPlan, StepRunner
@@ -73,11 +72,7 @@ class EngineLoop:
 
     def _execute(self, plan: StepPlan) -> list[TokenEvent]:
         """What came out of a step; where it ran out of memory it is taken back, and the next one is smaller."""
-        try:
-            result = self._runner.execute(plan)
-        except torch.OutOfMemoryError:
-            result = None
-        # not within the clause above: until it ends, the error keeps alive what the step had computed
+        result = execute_within_memory(self._runner, plan)
         return self._scheduler.take_back(plan) if result is None else self._scheduler.apply(plan, result)
 
     def publish_stats(self) -> None:

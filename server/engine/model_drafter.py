@@ -7,10 +7,9 @@ known and tokens computed, and computes what is missing. Guesses that did not co
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from server.engine.block_pool import BlockPool
 from server.engine.cache_manager import CacheManager
+from server.engine.out_of_memory import execute_within_memory
 from server.engine.plan_builder import build_plan
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sequence import Sequence
@@ -120,18 +119,15 @@ class ModelDrafter:
     def _compute(self, num_tokens: dict[Sequence, int]) -> list[Sequence]:
         """One step. Returns those that guessed a token by it; none where it ran out of memory."""
         plan = build_plan(num_tokens, self._cache.tables, ())
-        try:
-            tokens = self._runner.execute(plan).tokens
-        except torch.OutOfMemoryError:
-            tokens = None
-        if tokens is None:
+        result = execute_within_memory(self._runner, plan)
+        if result is None:
             self._start_anew(num_tokens)
             return []
         drawn = []
         drawing = [shadow for shadow, count in num_tokens.items() if shadow.num_computed + count == shadow.num_known]
         for shadow, count in num_tokens.items():
             shadow.num_computed += count
-        for shadow, token in zip(drawing, tokens, strict=True):
+        for shadow, token in zip(drawing, result.tokens, strict=True):
             if token.error is None:
                 shadow.append_token(token.token_id)
                 drawn.append(shadow)

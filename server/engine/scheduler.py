@@ -35,7 +35,8 @@ class SchedulerLimits:
     """max_num_seqs: how many run at once. max_num_batched_tokens: the budget of one step.
 
     prefill_chunk: a sequence is computed up to the next multiple of it at a time, or not in this step, so that where
-    a prompt is cut follows from the prompt alone. None cuts it where the budget ends.
+    a prompt is cut follows from the prompt alone; without deterministic, one for whose chunk alone the device has no
+    memory is given a smaller one. None cuts it where the budget ends.
     prefix_caching: a prompt that begins as an earlier one did, and has its salt, starts where that one's blocks end.
     deterministic: nothing is read that was not computed as the request alone would have computed it. Of a prompt,
     whole chunks are shared and nothing else; output is recomputed token by token. Takes a prefill_chunk.
@@ -228,6 +229,8 @@ class Scheduler:
             self._waiting.put_back(sequence)
         if self._budget.shrink(len(plan.token_ids), len(sequences), num_drafted):
             return []
+        if not self._limits.deterministic and sequences[0].halve_chunk(len(plan.token_ids)):
+            return []
         self._finish(sequences[0])
         return [event_of_end(sequences[0], FinishReason.ERROR, _OUT_OF_MEMORY)]
 
@@ -266,6 +269,8 @@ class Scheduler:
             return min(missing, budget)
         if self._limits.deterministic:
             missing = max(sequence.num_prompt - sequence.num_computed, 1)
+        if sequence.max_chunk is not None:
+            chunk = min(chunk, sequence.max_chunk)
         wanted = min(missing, chunk - sequence.num_computed % chunk)
         return wanted if wanted <= budget else 0
 

@@ -41,6 +41,8 @@ class Sequence:
         self.num_cached_prompt = 0
         self.num_preemptions = 0
         self.was_started = False
+        # the most tokens at once, where a whole chunk of it ran out of memory alone
+        self.max_chunk: int | None = None
         self.blocks: list[int] = []
         # where the blocks stand too, while it runs, and in which row
         self._tables: BlockTables | None = None
@@ -129,6 +131,16 @@ class Sequence:
         self.num_drafted = 0
         self.num_computed = self.num_known + num_accepted
         return num_accepted
+
+    def halve_chunk(self, num_tokens: int) -> bool:
+        """Be computed in smaller chunks after one of num_tokens ran out of memory alone. False the second time.
+
+        A chunk that is within one block is as small as it gets.
+        """
+        if self.max_chunk is not None or num_tokens <= self._block_size:
+            return False
+        self.max_chunk = max(num_tokens // 2 // self._block_size, 1) * self._block_size
+        return True
 
     def append_token(self, token_id: int) -> None:
         self._token_ids[self.num_known] = self.last_token_id = token_id

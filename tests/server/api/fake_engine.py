@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
+from server.engine.open_requests import merge_events
 from server.engine.request import (
     EngineStats,
     EngineStatus,
@@ -25,7 +26,7 @@ class FakeEngineClient:
     capacity: how many requests may be under way. The log-probability of a scripted token is -0.5, and the next ids
     follow it. `gate` closed: requests wait before their first token. fail_after: tokens until the engine "dies".
     expire_after: tokens until the deadline, where a request has one. pause_after: events until a request says nothing
-    more.
+    more. is_read_late: all that a request says comes merged into one event.
     """
 
     def __init__(self, script: Script, model: ModelInfo, *, capacity: int = 64) -> None:
@@ -38,6 +39,7 @@ class FakeEngineClient:
         self.pause_after: int | None = None
         self.expire_after = 2
         self.tokens_per_event = 1
+        self.is_read_late = False
         # by choice, how many tokens of its prompt it says that it found
         self.cached_tokens: list[int] = []
         self.script = script
@@ -79,7 +81,8 @@ class FakeEngineClient:
         is_over = False
         try:
             await self.gate.wait()
-            for position, event in enumerate(self._events(request)):
+            events = self._events(request)
+            for position, event in enumerate([merge_events(events)] if self.is_read_late else events):
                 if position == self.pause_after:
                     await asyncio.Event().wait()
                 is_over = event.finish_reason is not None

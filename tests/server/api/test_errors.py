@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from server.engine.request import GenerationRequest
 from server.text.tokenizer import Tokenizer
-from tests.server.api.conftest import wait_until
+from tests.server.api.conftest import ANSWER, wait_until
 from tests.server.api.fake_engine import FakeEngineClient
 
 BODY = {"prompt": "ab", "max_tokens": 50}
@@ -153,11 +153,30 @@ def test_a_stream_that_fails_says_so_and_ends_in_order(client: TestClient, engin
     assert not engine.open
 
 
+@pytest.mark.parametrize(
+    ("fields", "code"), [({}, "generation_failed"), ({"timeout": 0.5}, "deadline_exceeded")], ids=["error", "timeout"]
+)
+def test_who_reads_late_gets_what_was_said_before_the_failure(
+    client: TestClient, engine: FakeEngineClient, fields: dict[str, object], code: str
+) -> None:
+    # given tokens, each of which a byte, that nobody had read when the request failed
+    engine.fail_after = engine.expire_after = 4
+    engine.is_read_late = True
+    response = client.post("/v1/completions", json={**BODY, **fields, "stream": True})
+    assert response.status_code == 200
+    said, failure, done, _ = response.text.split("\n\n")
+    [choice] = json.loads(said.removeprefix("data: "))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (ANSWER[:4], None)
+    assert_is_openais(json.loads(failure.removeprefix("data: "))["error"], code=code)
+    assert done == "data: [DONE]"
+
+
+@pytest.mark.parametrize("fields", [{}, {"echo": True}])
 def test_a_stream_that_fails_before_its_first_token_has_a_status_of_its_own(
-    client: TestClient, engine: FakeEngineClient
+    client: TestClient, engine: FakeEngineClient, fields: dict[str, object]
 ) -> None:
     engine.fail_after = 0
-    assert client.post("/v1/completions", json={**BODY, "stream": True}).status_code == 500
+    assert client.post("/v1/completions", json={**BODY, **fields, "stream": True}).status_code == 500
 
 
 def test_a_request_whose_time_is_over_is_504_and_not_to_be_repeated(

@@ -1,7 +1,12 @@
 """A step that the device has no memory for is taken back, and smaller ones go on; nobody else pays for it."""
 
-import pytest
+from collections.abc import Callable
 
+import numpy as np
+import pytest
+import torch
+
+from server.engine.out_of_memory import is_out_of_memory
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from server.engine.scheduler import SchedulerLimits
 from server.engine.step_budget import RECOVERY_STEPS, StepBudget
@@ -23,6 +28,51 @@ def test_whatever_the_memory_all_get_what_they_get_alone(memory: int, chunk: int
         assert engine.output(f"r{index}") == expected_output(request("", 1 + 3 * index, 9))
         assert engine.started.count(f"r{index}") == 1
     assert engine.pool.num_free == engine.num_blocks
+
+
+def no_memory_of_host() -> object:
+    return np.empty(2**50)
+
+
+def no_memory_of_torch() -> object:
+    return torch.empty(2**50)
+
+
+@pytest.mark.parametrize("allocate", [no_memory_of_host, no_memory_of_torch])
+def test_what_the_hosts_allocators_raise_is_known(allocate: Callable[[], object]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as raised:
+        allocate()
+    assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+    ],
+)
+def test_whoever_has_no_memory_the_engine_goes_on(error: Exception) -> None:
+    engine = simulation()
+    engine.runner.memory_tokens, engine.runner.memory_error = 4, error
+    engine.loop.submit(request("long", num_prompt=9))
+    engine.run_to_end()
+    assert engine.output("long") == expected_output(request("", 9))
+    assert engine.scheduler.stats().num_out_of_memory > 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError()])
+def test_another_error_is_not_taken_for_it(error: Exception) -> None:
+    engine = simulation()
+    engine.runner.memory_tokens, engine.runner.memory_error = 4, error
+    engine.loop.submit(request("long", num_prompt=9))
+    with pytest.raises(type(error)):
+        engine.loop.step()
 
 
 def test_those_that_decode_are_halved_until_they_fit() -> None:
@@ -73,9 +123,38 @@ def test_what_is_computed_after_a_failed_step_is_shared_as_ever() -> None:
     assert engine.events["again"][0].num_cached_tokens == 24
 
 
-@pytest.mark.parametrize(("chunk", "memory"), [(None, 0), (8, 7)])
-def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(chunk: int | None, memory: int) -> None:
-    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=chunk))
+@pytest.mark.parametrize("num_prompt", [5, 8, 20])
+def test_one_whose_chunk_does_not_fit_alone_is_computed_in_smaller_ones(num_prompt: int) -> None:
+    # given chunks of two blocks, and a device with memory for less
+    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=8))
+    engine.runner.memory_tokens = 4
+    for name in ("first", "second"):
+        engine.loop.submit(request(name, num_prompt))
+    engine.run_to_end()
+    for name in ("first", "second"):
+        assert engine.output(name) == expected_output(request("", num_prompt))
+    assert engine.pool.num_free == engine.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("chunk", "memory", "num_tries"),
+    # six blocks and then three; one block
+    [(24, 11, 2), (4, 3, 1)],
+)
+def test_a_chunk_is_halved_once_and_never_below_a_block(chunk: int, memory: int, num_tries: int) -> None:
+    engine = Simulation(40, 4, SchedulerLimits(1, 24, prefill_chunk=chunk))
+    engine.runner.memory_tokens = memory
+    engine.loop.submit(request("too much", num_prompt=30))
+    engine.run_to_end()
+    assert engine.finish_reasons("too much") == [FinishReason.ERROR]
+    assert engine.scheduler.stats().num_out_of_memory == num_tries
+
+
+@pytest.mark.parametrize(("chunk", "memory", "deterministic"), [(None, 0, False), (8, 3, False), (8, 7, True)], ids=str)
+def test_one_that_no_step_is_small_enough_for_ends_and_the_others_go_on(
+    chunk: int | None, memory: int, deterministic: bool
+) -> None:
+    engine = Simulation(40, 4, SchedulerLimits(4, 24, prefill_chunk=chunk, deterministic=deterministic))
     engine.runner.memory_tokens = memory
     engine.loop.submit(request("too much", num_prompt=20))
     while engine.loop.has_work:

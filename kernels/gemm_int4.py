@@ -11,7 +11,7 @@ from kernels.int4_operands import check_linear, whole_blocks
 from kernels.int4_tile import multiply_blocks, store_tile
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
-from kernels.tiles import many_rows_tile, num_splits
+from kernels.tiles import MAX_REGISTERS, many_rows_tile, num_splits
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_splits"])
@@ -100,6 +100,7 @@ def gemm_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
         INTERPRETED=IS_INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=MAX_REGISTERS.get(operands.arch),
         enable_fp_fusion=FUSE_FLOATS,
     )
     return out

@@ -14,7 +14,7 @@ from kernels.experts import PackedExperts, SortedRows
 from kernels.int4_tile import multiply_blocks
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED, check_half, launch_arch
 from kernels.layout import PLANAR_BLOCKS
-from kernels.tiles import COPY_WARPS, GROUPED_MAX_REGISTERS, SUM_COLUMNS, grouped_tile, num_splits
+from kernels.tiles import COPY_WARPS, MAX_REGISTERS, SUM_COLUMNS, grouped_tile, num_splits
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_splits", "x_repeats"])
@@ -143,7 +143,7 @@ def grouped_int4(x: Tensor, weight: PackedExperts, plan: SortedRows) -> Tensor:
         INTERPRETED=IS_INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        maxnreg=GROUPED_MAX_REGISTERS.get(arch),
+        maxnreg=MAX_REGISTERS.get(arch),
         enable_fp_fusion=FUSE_FLOATS,
     )
     return out

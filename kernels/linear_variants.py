@@ -10,7 +10,7 @@ from kernels.tiles import (
     DENSE_BLOCK,
     DEQUANTIZING_WARPS,
     FEW_ROWS_TILES,
-    GROUPED_MAX_REGISTERS,
+    MAX_REGISTERS,
     MIN_GROUPED_ROWS,
     SUM_COLUMNS,
     LinearTile,
@@ -94,7 +94,8 @@ def few_rows_variant(arch: int, tile: LinearTile, weights: Weights, *, is_split:
 def many_rows_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
     """The many-row kernel, without bias."""
     own = {"out_ptr": f"*{weights.dtype}:16", "num_splits": "i32"}
-    return _linear_variant("gemm_int4_kernel", arch, tile, weights, own, "direct")
+    variant = _linear_variant("gemm_int4_kernel", arch, tile, weights, own, "direct")
+    return replace(variant, max_registers=MAX_REGISTERS.get(arch))
 
 
 def grouped_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
@@ -110,7 +111,7 @@ def grouped_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:
         "x_repeats": "i32",
     }
     variant = _linear_variant("grouped_int4_kernel", arch, tile, weights, own, "experts")
-    return replace(variant, max_registers=GROUPED_MAX_REGISTERS.get(arch))
+    return replace(variant, max_registers=MAX_REGISTERS.get(arch))
 
 
 def grouped_dense_variant(arch: int, tile: LinearTile, dtype: DType) -> Variant:

@@ -130,12 +130,14 @@ _SMALL_GROUP_MANY_ROWS_TILES = {
     (arch, 32): LinearTile(num_rows=32, num_columns=128, num_warps=8, num_stages=2) for arch in (86, 89, 120)
 }
 
-# of a thread over experts, by architecture: there the compiler spills some rather than take more than half of them,
-# unless it is told that it may
-GROUPED_MAX_REGISTERS = {86: 255, 89: 255, 120: 255}
+# of a thread of the many-row kernel and of that over experts, by architecture: there the compiler spills some rather
+# than take more than half of them, unless it is told that it may
+MAX_REGISTERS = {86: 255, 89: 255, 120: 255}
 # by architecture, group size and rows, where that is not enough
 _SMALL_GROUP_GROUPED_TILES = {
-    (arch, 32, 64): LinearTile(num_rows=64, num_columns=32, num_warps=4, num_stages=3) for arch in (86, 89, 120)
+    **{(arch, 32, 64): LinearTile(num_rows=64, num_columns=32, num_warps=4, num_stages=3) for arch in (86, 89, 120)},
+    (80, 32, 16): LinearTile(num_rows=16, num_columns=128, num_warps=8, num_stages=4),
+    (80, 32, 32): LinearTile(num_rows=32, num_columns=64, num_warps=4, num_stages=4),
 }
 
 # inputs that a program over experts which are not quantized multiplies a step

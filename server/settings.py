@@ -192,7 +192,7 @@ class Settings(BaseSettings):
             raise ValueError("an API key is printable ASCII without spaces around it, and not empty")
         return keys
 
-    @field_validator("data_dir", "api_key_file")
+    @field_validator("data_dir", "api_key_file", "draft_model")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path is not None else None
@@ -241,9 +241,11 @@ class Settings(BaseSettings):
 
 
 def parse_adapter(given: object) -> object:
-    """NAME=PATH as an adapter; anything else but a string as it is. Raises ValueError for another string."""
-    if not isinstance(given, str):
+    """NAME=PATH as an adapter, and an adapter as it is. Raises ValueError for anything else."""
+    if isinstance(given, AdapterConfig):
         return given
+    if not isinstance(given, str):
+        raise ValueError(f"an adapter is given as NAME=PATH, and it is {given}")
     name, separator, path = given.partition("=")
     if not separator or not path or not name.isprintable() or name.strip() != name or not 0 < len(name) <= 256:
         raise ValueError(f"an adapter is given as NAME=PATH, and it is {given}")

@@ -47,19 +47,21 @@ def check_draft_model(config: EngineConfig, model: ModelConfig) -> None:
 
 
 def _read_vocabulary(directory: Path) -> dict[str, int] | None:
-    """The number of each token; None where no tokenizer.json is beside the weights."""
+    """The number of each token; None where no tokenizer.json beside the weights says so."""
     file = directory / _TOKENIZER
     if not file.is_file():
         return None
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary = tokenizer.get("model", {}).get("vocab")
+    if not isinstance(vocabulary, (dict, list)):
+        return None
     # unigram models have a list of tokens and their scores
     numbered = (
         vocabulary.items()
         if isinstance(vocabulary, dict)
         else ((entry[0], number) for number, entry in enumerate(vocabulary))
     )
-    return {**dict(numbered), **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}}
+    return {**dict(numbered), **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}}
 
 
 def load_draft_model(

@@ -107,13 +107,17 @@ class ModelDrafter:
         num_tokens = {}
         for shadow in shadows:
             # one before it in this step may have offered what it can start from
-            if budget and not shadow.blocks:
+            is_starting = bool(budget) and not shadow.blocks
+            if is_starting:
                 self._cache.take_cached(shadow)
             share = min(shadow.num_known - shadow.num_computed, budget)
             if share and self._cache.allocate_missing(shadow):
                 self._cache.offer(shadow, share)
                 num_tokens[shadow] = share
                 budget -= share
+            elif is_starting:
+                # it may hold what this step is yet to compute, and would keep it where the step fails
+                self._drop(self._owner(shadow))
         return num_tokens
 
     def _compute(self, num_tokens: dict[Sequence, int]) -> list[Sequence]:

@@ -197,6 +197,15 @@ def test_an_adapter_without_a_name_or_a_directory_is_refused(given: str) -> None
         load_settings({"lora": [given]})
 
 
+def test_an_adapter_that_is_a_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="lora: an adapter is given as NAME=PATH"):
+        load_settings({}, write(tmp_path / "settings.toml", '[[lora]]\nname = ""\npath = "one"\n'))
+
+
+def test_the_draft_models_directory_may_lie_in_the_home_directory() -> None:
+    assert load_settings({"draft_model": "~/small"}).draft_model == Path.home() / "small"
+
+
 def test_two_adapters_of_one_name_are_refused() -> None:
     with pytest.raises(SettingsError, match="lora: two adapters are called a; give each a name of its own"):
         load_settings({"lora": ["a=/one", "a=/two"]})

@@ -139,6 +139,23 @@ def test_a_draft_model_without_memory_gives_no_guess_and_harms_nobody() -> None:
     engine.drafter.check_integrity()
 
 
+def test_a_draft_step_without_memory_leaves_nobody_with_blocks_that_it_did_not_write() -> None:
+    # given room for one of two prompts that begin alike, so that the second finds the blocks of the first but no place
+    engine = engine_with(SchedulerLimits(8, 64, speculation=CHEAP), num_draft_blocks=5, draft=RepeatingRunner)
+    engine.draft_runner.memory_tokens = 2
+    for name in ("a", "b"):
+        engine.loop.submit(request(name, num_prompt=16, max_tokens=10))
+    # when the draft model runs out of memory, and has some again
+    engine.loop.step()
+    engine.loop.step()
+    engine.draft_runner.memory_tokens = None
+    # then it reads nothing that was never written, which its runner would say
+    engine.run_to_end()
+    for name in ("a", "b"):
+        assert engine.output(name) == expected_repeating_output(request("", 16, 10))
+    engine.drafter.check_integrity()
+
+
 def test_a_draft_model_without_finite_logits_is_asked_once() -> None:
     engine = engine_with(SchedulerLimits(8, 64, speculation=CHEAP))
     engine.draft_runner.failing_request_ids.add("sick")

@@ -1,9 +1,11 @@
 """Data: every (kernel, architecture, tile, dtype) of the low-rank adapters."""
 
+from dataclasses import replace
+
 from kernels import fused_lora
 from kernels.lora import LORA_ROWS, RANK_MULTIPLE
 from kernels.tiles import DENSE_BLOCK, LORA_COLUMNS, LORA_WARPS, MAX_LORA_DOWN_COLUMNS, MIN_GROUPED_ROWS
-from kernels.variant import DTYPES, PLAIN_STAGES, DType, Family, LoopRules, Variant
+from kernels.variant import DTYPES, DType, Family, LoopRules, Variant, plain_variant
 
 # values of a rank that a program makes: those of one module of rank 16, of two or three, and of more
 DOWN_COLUMNS = tuple(columns for columns in (16, 32, 64) if MIN_GROUPED_ROWS <= columns <= MAX_LORA_DOWN_COLUMNS)
@@ -67,16 +69,7 @@ def _variant(
         "BLOCK": DENSE_BLOCK if kernel == "lora_down_kernel" else RANK_MULTIPLE,
         "INTERPRETED": False,
     }
-    return Variant(
-        kernel=kernel,
-        arch=arch,
-        label=label,
-        arguments=tuple(arguments.items()),
-        constants=tuple(constants.items()),
-        num_warps=LORA_WARPS,
-        num_stages=PLAIN_STAGES,
-        loop=loop,
-    )
+    return replace(plain_variant(kernel, arch, label, arguments, constants, LORA_WARPS), loop=loop)
 
 
 FAMILY = Family(

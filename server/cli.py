@@ -127,6 +127,7 @@ def run_server(settings: Settings) -> str | None:
     model_path = locate_model(settings)
     tokenizer = Tokenizer.load(model_path)
     check_adapters(settings, name_model(settings, model_path))
+    check_draft(settings)
     served = ServedModel(name_model(settings, model_path), str(model_path), int(time.time()))
     engine = ProcessEngineClient(settings.engine_config(model_path), listener=EngineLog())
     quantizable, settings = allow_demo_as_source(settings)
@@ -183,6 +184,19 @@ def check_adapters(settings: Settings, model_name: str) -> None:
                 f"the adapter {adapter.name}: {adapter.path} has no adapter_config.json; name a directory that PEFT "
                 "saved an adapter in"
             )
+
+
+def check_draft(settings: Settings) -> None:
+    """Raise StartRefused for a draft model that would not be asked, or is nowhere; the engine looks at what is in it."""
+    draft = settings.draft_model
+    if draft is None:
+        return
+    if not settings.num_speculative_tokens:
+        raise StartRefused(
+            f"--draft-model {draft} would make no guesses: add --num-speculative-tokens 4, say, or leave it out"
+        )
+    if not (draft / "config.json").is_file():
+        raise StartRefused(f"--draft-model {draft} has no config.json; name the directory of a model")
 
 
 def allow_demo_as_source(settings: Settings) -> tuple[str, Settings]:

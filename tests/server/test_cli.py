@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from server.cli import PROGRAM, StartRefused, check_no_foreign_kernels, locate_model, name_model
+from server.cli import PROGRAM, StartRefused, check_draft, check_no_foreign_kernels, locate_model, name_model
 from server.ready_lines import ReadyLines
 from server.settings import Settings, load_settings
 
@@ -101,3 +101,13 @@ def test_the_lines_name_an_address_that_can_be_reached(host: str, url: str) -> N
     # the key itself is never on the screen
     assert all("$AWQ_SERVE_API_KEY" in line for line in lines[1:])
     assert len(lines) == 3
+
+
+def test_a_draft_model_that_would_not_be_asked_or_is_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartRefused, match="would make no guesses: add --num-speculative-tokens 4"):
+        check_draft(load_settings({"draft_model": str(tmp_path)}))
+    asked = {"draft_model": str(tmp_path), "num_speculative_tokens": 4}
+    with pytest.raises(StartRefused, match=r"has no config\.json; name the directory of a model"):
+        check_draft(load_settings(asked))
+    (tmp_path / "config.json").write_text("{}")
+    check_draft(load_settings(asked))

@@ -187,7 +187,7 @@ def check_adapters(settings: Settings, model_name: str) -> None:
 
 
 def check_draft(settings: Settings) -> None:
-    """Raise StartRefused for a draft model that would not be asked, or is nowhere; the engine looks at what is in it."""
+    """Raise StartRefused for a draft model that would not be asked, or is nowhere; the engine looks into it."""
     draft = settings.draft_model
     if draft is None:
         return

@@ -15,7 +15,13 @@ from server.engine import host_memory
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.draft_length import Speculation
-from server.engine.draft_model import build_drafter, check_draft_model, draft_cost, load_draft_model
+from server.engine.draft_model import (
+    build_drafter,
+    check_draft_kernels,
+    check_draft_model,
+    draft_cost,
+    load_draft_model,
+)
 from server.engine.errors import EngineSetupError
 from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
 from server.engine.kv_cache import (
@@ -201,6 +207,7 @@ def _check_and_choose_kernels(
     kernels = choose_kernels(config, device, Path(config.model_path))
     _check_cache_size(config, model, expected_dtype, device, is_native=kernels.native is not None)
     _check_speculation(config, is_native=kernels.native is not None)
+    check_draft_kernels(config, kernels)
     if kernels.native is not None:
         # what is left to torch is small, and threads of its own would fight for the cores: 4 ms for a maximum
         torch.set_num_threads(1)

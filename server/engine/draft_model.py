@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from quant.checkpoint.reader import CheckpointReader
+from quant.errors import CheckpointError
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
@@ -16,6 +17,7 @@ from server.engine.model_drafter import DraftLimits, ModelDrafter
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import SchedulerLimits
 from server.model.config import ModelConfig, read_model_config
+from server.model.expected_tensors import check_tensors
 from server.model.loader import LoadedModel, ignore_load_progress, load_model
 from server.model.native_loader import find_native_obstacle
 
@@ -32,7 +34,11 @@ def check_draft_model(config: EngineConfig, model: ModelConfig) -> None:
             "set it to 4, say, or leave draft_model out"
         )
     directory = Path(config.draft_model_path)
-    draft = read_model_config(directory)
+    try:
+        draft = read_model_config(directory)
+        check_tensors(CheckpointReader.open(directory), draft)
+    except CheckpointError as error:
+        raise EngineSetupError(f"draft_model {directory}: {error}") from error
     if draft.vocab_size != model.vocab_size:
         raise EngineSetupError(
             f"draft_model {directory} knows {draft.vocab_size} tokens and the model {model.vocab_size}: a draft model "
@@ -43,6 +49,22 @@ def check_draft_model(config: EngineConfig, model: ModelConfig) -> None:
         raise EngineSetupError(
             f"{_TOKENIZER} of draft_model {directory} gives tokens other numbers than the model's: a draft model must "
             "have the model's vocabulary, so take a small one of the same family"
+        )
+
+
+def check_draft_kernels(config: EngineConfig, kernels: KernelChoice) -> None:
+    """Raise EngineSetupError for a draft model that native kernels do not run beside a model that they do.
+
+    To torch one thread is left then: a draft model would hold everybody up.
+    """
+    if config.draft_model_path is None or kernels.native is None:
+        return
+    obstacle = find_native_obstacle(Path(config.draft_model_path))
+    if obstacle is not None:
+        raise EngineSetupError(
+            f"draft_model {config.draft_model_path}: the native CPU kernels, which run the model, cannot run it: "
+            f"{obstacle}. "
+            "Quantize it with awq-serve quantize, or set cpu_kernel to torch"
         )
 
 
@@ -71,8 +93,7 @@ def load_draft_model(
     if config.draft_model_path is None:
         return None
     directory = Path(config.draft_model_path)
-    native = kernels.native if kernels.native is not None and find_native_obstacle(directory) is None else None
-    return load_model(directory, device, dtype, ignore_load_progress, native)
+    return load_model(directory, device, dtype, ignore_load_progress, kernels.native)
 
 
 def draft_cost(config: EngineConfig) -> float:

@@ -15,6 +15,9 @@ from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sequence import Sequence
 from server.engine.step_plan import StepRunner, TokenIds
 
+# steps without guesses after one that ran out of memory: each try reads whole texts anew
+STEPS_WITHOUT_GUESSES = 64
+
 
 @dataclass(frozen=True)
 class DraftLimits:
@@ -47,9 +50,13 @@ class ModelDrafter:
         self._shadows: dict[Sequence, _Shadow] = {}
         # those for which the model gives no finite logits
         self._hopeless: set[Sequence] = set()
+        self._num_resting = 0
 
     def draft(self, wanted: Mapping[Sequence, int]) -> Mapping[Sequence, TokenIds]:
         """Those of which the draft model has not yet computed all that is known get no guess, but come nearer to it."""
+        if self._num_resting:
+            self._num_resting -= 1
+            return {}
         followed = {
             sequence: self._follow(sequence)
             for sequence in wanted
@@ -126,6 +133,7 @@ class ModelDrafter:
         result = execute_within_memory(self._runner, plan)
         if result is None:
             self._start_anew(num_tokens)
+            self._num_resting = STEPS_WITHOUT_GUESSES
             return []
         drawn = []
         drawing = [shadow for shadow, count in num_tokens.items() if shadow.num_computed + count == shadow.num_known]

@@ -113,7 +113,11 @@ class Sequence:
     def put_draft(self, guesses: TokenIds) -> None:
         """Put guesses after the known tokens, as far as its guide allows them."""
         if self.guide is not None:
+            num_wanted = len(guesses)
             guesses = guesses[: self.guide.cut(guesses.tolist())]
+            if num_wanted and not len(guesses) and self._draft_length is not None:
+                # no step will tell that they did not come true
+                self._draft_length.note(num_wanted, 0)
         self._token_ids[self.num_known : self.num_known + len(guesses)] = guesses
         self.num_drafted = len(guesses)
 

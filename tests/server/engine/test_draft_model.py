@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.parity_models import VOCAB_SIZE
 from server.engine import assembly
@@ -14,6 +15,7 @@ from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.server.engine.test_speculation_model import CASES, PROMPT, Served, config, quantized
+from tests.server.model.quantized_models import quantize_in_place
 from tests.tiny_models import save_tiny_model
 
 __all__ = ["quantized"]
@@ -33,7 +35,9 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model("llama", tmp_path_factory.mktemp("other") / "model", seed=7)
+    directory = save_tiny_model("llama", tmp_path_factory.mktemp("other") / "model", seed=7)
+    quantize_in_place(directory, lambda name: True)
+    return directory
 
 
 @pytest.mark.usefixtures("cheap")
@@ -92,6 +96,28 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tiny_model: Path, tmp_pa
     (renumbered / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(EngineSetupError, match="gives tokens other numbers"):
         Served(drafting(tiny_model, renumbered))
+
+
+def test_a_draft_model_is_refused_that_native_kernels_cannot_run(quantized: Path, tiny_model: Path) -> None:
+    with pytest.raises(EngineSetupError, match=r"cannot run it: .* Quantize it with awq-serve quantize"):
+        Served(drafting(quantized, tiny_model))
+
+
+def test_what_is_wrong_with_a_draft_models_files_names_it_before_the_model_is_read(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = save_tiny_model("llama", tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineSetupError, match=r"draft_model .*broken: .*model\.norm\.weight"):
+        Served(drafting(tiny_model, broken))
+
+
+def test_a_tokenizer_without_a_list_of_tokens_tells_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    odd = save_tiny_model("llama", tmp_path / "odd")
+    (odd / "tokenizer.json").write_text(json.dumps({"model": {"type": "of another kind"}, "added_tokens": None}))
+    assert Served(drafting(tiny_model, odd)).info.num_blocks > 0
 
 
 def test_both_caches_share_the_memory(tiny_model: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from server.engine import model_drafter
 from server.engine.block_pool import BlockPool
 from server.engine.draft_length import DraftCost, DraftLength, Speculation
 from server.engine.loop import EngineLoop
@@ -137,6 +138,25 @@ def test_a_draft_model_without_memory_gives_no_guess_and_harms_nobody() -> None:
     assert [engine.output(name) for name in ("a", "b", "c")] == [expected_repeating_output(request("", 5, 30))] * 3
     assert engine.scheduler.stats().num_out_of_memory == 0
     engine.drafter.check_integrity()
+
+
+def test_a_draft_model_that_ran_out_of_memory_rests_and_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_drafter, "STEPS_WITHOUT_GUESSES", 8)
+    engine = engine_with(SchedulerLimits(8, 64, speculation=CHEAP))
+    engine.loop.submit(request("r", max_tokens=50))
+    # given a device that has no memory for the first of its steps
+    engine.draft_runner.memory_tokens = 2
+    engine.loop.step()
+    engine.loop.step()
+    engine.draft_runner.memory_tokens = None
+    # when it has some again
+    for _ in range(8):
+        engine.loop.step()
+    # then it has not been tried since, and later it is
+    assert engine.draft_runner.num_tokens_per_step == []
+    engine.run_to_end()
+    assert engine.scheduler.stats().accepted_tokens > 0
+    assert engine.output("r") == expected_repeating_output(request("", 5, 50))
 
 
 def test_a_draft_step_without_memory_leaves_nobody_with_blocks_that_it_did_not_write() -> None:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.draft_length import Speculation
+from server.engine.draft_length import DraftCost, Speculation
 from server.engine.loop import EngineLoop
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams, StructuredOutput
 from server.engine.sampler import NONE_LEFT, sample
 from server.engine.scheduler import SchedulerLimits
+from server.engine.sequence import Sequence
 from server.engine.step_plan import SamplingRow
 from server.engine.structured_output import OutputGuide
 from tests.fakes import fake_model_info
@@ -100,6 +101,18 @@ def test_nothing_is_guessed_that_nothing_may_follow() -> None:
     guide = OutputGuide(Automaton(LONG), 1000)
     assert guide.cut([9, 5]) == 0
     assert allowed_tokens(guide.masks(0)[0]) == [5, 9]
+
+
+def test_guesses_that_the_structure_always_forbids_are_soon_asked_for_no_more() -> None:
+    sequence = Sequence(guided("r", LONG), 4)
+    sequence.guide = OutputGuide(Automaton(LONG), 1000)
+    num_asked = 0
+    for _ in range(20):
+        if sequence.choose_draft_length(4, DraftCost(guess=0.3)):
+            num_asked += 1
+            sequence.put_draft(np.array([99, 99]))
+            assert not sequence.num_drafted
+    assert 0 < num_asked < 6
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_the_served_model_is_listed(client: TestClient) -> None:
         "created": 1_700_000_000,
         "owned_by": "awq-serve",
         "root": "/models/tiny",
+        "parent": None,
         "max_model_len": MAX_MODEL_LEN,
         "status": "serving",
     }

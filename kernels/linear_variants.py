@@ -66,7 +66,7 @@ def all_variants(arch: int) -> list[Variant]:
 
 
 def sample_variants(arch: int) -> list[Variant]:
-    """Every kernel and every tile once, taking kinds of weights and outputs in turn."""
+    """Every kernel, and the few-row one with each number of rows, taking kinds of weights and outputs in turn."""
     weights, splits = cycle(SAMPLED_WEIGHTS), cycle((True, True, False))
     few_rows = [
         few_rows_variant(arch, few_rows_tile(arch, bucket, kind.group_size), kind, is_split=is_split)

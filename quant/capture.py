@@ -18,7 +18,7 @@ from quant.model_structure import BlockStack
 # tokens that go through a block at a time: enough to fill the cores, few enough to stay small in memory
 CHUNK_TOKENS = 2048
 # the first chunk is what a block is tried on, again and again: so many tells whether two outputs are the same
-SAMPLE_TOKENS = 512
+FIRST_CHUNK_TOKENS = 512
 # what decoders call the cache that they hand to a block
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
@@ -108,8 +108,10 @@ class _SeenAllError(Exception):
 
 
 def split_sequences(token_ids: Tensor) -> tuple[Tensor, ...]:
-    """Token ids int64 [sequences, T] in chunks of about CHUNK_TOKENS, the first of about SAMPLE_TOKENS."""
-    num_first, num_others = (max(1, num_tokens // token_ids.shape[1]) for num_tokens in (SAMPLE_TOKENS, CHUNK_TOKENS))
+    """Token ids int64 [sequences, T] in chunks of about CHUNK_TOKENS, the first of about FIRST_CHUNK_TOKENS."""
+    num_first, num_others = (
+        max(1, num_tokens // token_ids.shape[1]) for num_tokens in (FIRST_CHUNK_TOKENS, CHUNK_TOKENS)
+    )
     others = token_ids[num_first:]
     return (token_ids[:num_first], *(torch.split(others, num_others) if len(others) else ()))
 

@@ -26,7 +26,7 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(
     variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a sequence, then chunks of two; sliding windows are shorter than a sequence
-    monkeypatch.setattr(capture_module, "SAMPLE_TOKENS", 40)
+    monkeypatch.setattr(capture_module, "FIRST_CHUNK_TOKENS", 40)
     monkeypatch.setattr(capture_module, "CHUNK_TOKENS", 80)
     model = open_tiny(variant, tmp_path)
     stack = find_blocks(model)

@@ -22,13 +22,12 @@ from benchmarks.command_line import (
 )
 from benchmarks.comparison import Comparison, render_table
 from benchmarks.demo_checkpoint import find_gguf, prepare_checkpoint, prepare_q4_0, size_of
-from benchmarks.json_file import write_json
 from benchmarks.llama_cpp_build import LlamaCppBuild, cmake_options
 from benchmarks.llama_cpp_peer import LlamaCppPeer
 from benchmarks.machine import CPUINFO, Cpu, measure_busy_cores, parse_cpuinfo, usable_cores
+from benchmarks.measured_report import measure_and_print
 from benchmarks.own_engine import OwnEngine
 from benchmarks.own_server import OwnServer
-from benchmarks.turn import take_turn
 from benchmarks.workload import WORKLOADS, Side, Workload
 
 DEFAULT_ROUNDS = 5
@@ -113,16 +112,7 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
-    return run_to_exit_code(lambda: measure_and_print(options))
-
-
-def measure_and_print(options: Options) -> None:
-    """The report on the terminal, and in a file where one is asked for."""
-    with take_turn(CACHE, announce):
-        report = run(options)
-    report.print_to(Console())
-    if options.json_path:
-        write_json(options.json_path, report.to_json())
+    return run_to_exit_code(lambda: measure_and_print(lambda: run(options), options.json_path))
 
 
 def parse_options(arguments: Sequence[str] | None) -> Options:

@@ -23,8 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.command_line import CACHE, announce, own_version, positive_number, run_to_exit_code, writable_file
 from benchmarks.demo_checkpoint import find_gguf, prepare_dense
 from benchmarks.errors import BenchmarkError
-from benchmarks.json_file import write_json
 from benchmarks.machine import CPUINFO, Cpu, measure_busy_cores, parse_cpuinfo, usable_cores
+from benchmarks.measured_report import measure_and_print
 from benchmarks.quality_job import Job
 from benchmarks.quality_report import (
     ORIGINAL,
@@ -35,7 +35,6 @@ from benchmarks.quality_report import (
     render_table,
 )
 from benchmarks.quality_tools import AUTO_ROUND, LLM_COMPRESSOR, PEERS, Peer, Tool, make_environment, run_tool
-from benchmarks.turn import take_turn
 from quant.dense_checkpoint import load_dense
 from quant.errors import QuantError
 from quant.evaluate import HELD_OUT_TEXT, TextWindows, compare, cut_windows
@@ -113,19 +112,10 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
-        return run_to_exit_code(lambda: measure_and_print(options))
+        return run_to_exit_code(lambda: measure_and_print(lambda: run(options), options.json_path))
     except QuantError as error:
         announce(f"error: {error}")
         return error.exit_code
-
-
-def measure_and_print(options: Options) -> None:
-    """The tables on the terminal, and every figure in a file where one is asked for."""
-    with take_turn(CACHE, announce):
-        report = run(options)
-    report.print_to(Console())
-    if options.json_path:
-        write_json(options.json_path, report.to_json())
 
 
 def parse_options(arguments: Sequence[str] | None) -> Options:

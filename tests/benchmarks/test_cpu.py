@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import cpu, llama_cpp_build
+from benchmarks import cpu, llama_cpp_build, measured_report
 from benchmarks.comparison import Comparison, Spread, render_table
 from benchmarks.llama_cpp_build import CompilationMeter, LlamaCppBuild, cmake_options
 from benchmarks.machine import parse_cpuinfo
@@ -91,6 +91,7 @@ def test_without_a_compiler_there_is_a_sentence_and_exit_code_1(
     # given a machine without a compiler, and no peer built yet
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(cpu, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(measured_report, "CACHE", tmp_path / "cache")
     # when the benchmark is started; then it says so, prints no table and builds nothing
     assert cpu.main([]) == 1
     said = capsys.readouterr()

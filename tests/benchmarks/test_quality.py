@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import quality
+from benchmarks import measured_report, quality
 from benchmarks.errors import BenchmarkError
 from benchmarks.quality import Options, measure, parse_options, read_windows
 from benchmarks.quality_job import Cost, Job, cut_rows, parse_peak_memory
@@ -191,6 +191,7 @@ def test_a_tool_runs_in_its_own_process_and_what_it_wrote_is_measured(
 ) -> None:
     # given plain rounding of a tiny model
     monkeypatch.setattr(quality, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(measured_report, "CACHE", tmp_path / "cache")
     tool = Tool(PLAIN_ROUNDING, "rtn")
     options = Options(calibration, (text,), (tool,), num_windows=1, threads=1, json_path=None)
     job = tool.job(model, tmp_path / "cache" / "quality" / "plain-rounding", calibration)

@@ -95,14 +95,19 @@ def _entries(fields: ConfigFields, name: str) -> list[tuple[ConfigFields, str]]:
         return []
     for pattern in nested.values:
         try:
-            re.compile(pattern)
+            re.compile(_expression(pattern))
         except re.error as error:
             raise CheckpointError(f"{nested.source}: {pattern!r} is no regular expression: {error}") from error
     return [(nested, pattern) for pattern in nested.values]
 
 
+def _expression(pattern: str) -> str:
+    """What PEFT matches module names with: the pattern may also fit the end of one."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _find_pattern(patterns: Collection[str], module: str) -> str:
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
+    return next((pattern for pattern in patterns if re.match(_expression(pattern), module)), "")
 
 
 def _read_targets(fields: ConfigFields) -> tuple[str, ...] | None:

@@ -200,6 +200,7 @@ def adapter(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"lora_alpha": "8"}, "lora_alpha is '8'; it must be a number over 0"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern: q_proj is -1"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is no regular expression"),
+        ({"rank_pattern": {"(?i)q_proj": 1}}, r"rank_pattern: '\(\?i\)q_proj' is no regular expression"),
         ({"target_modules": ["q_proj", "wq"]}, "target_modules has 'wq', and the model has no such linear"),
         ({"target_modules": []}, r"target_modules is \[\]; it must be a list of names, or a pattern"),
         ({"target_modules": list(ATTENTION[:3])}, r"has .*o_proj\.lora_A\.weight, but target_modules .* do not name"),

@@ -61,7 +61,7 @@ bench-gpu: environment-dev ## check and time every kernel on a GPU in nine minut
 tune-gpu: environment-dev ## time other tiles on the shapes that miss their goal; the better ones go into kernels/tuned_tiles.json
 	$(BIN)/python benchmarks/gpu.py --phases machine,linear,tune --minutes 20 --tiles kernels/tuned_tiles.json $(ARGS)
 
-kernels-check: environment-dev ## compile a sample of every Triton kernel for every GPU architecture, without a GPU
+kernels-check: environment-dev ## compile every Triton kernel and tile for every GPU architecture, without a GPU
 	$(BIN)/python -m kernels.compile --sample $(ARGS)
 
 kernels-check-all: environment-dev ## the same for every combination of tile, dtype, bits and group size

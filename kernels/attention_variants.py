@@ -97,9 +97,13 @@ def all_variants(arch: int) -> list[Variant]:
 
 
 def sample_variants(arch: int) -> list[Variant]:
-    """Every kernel once, and those that read codes with one kind of them each."""
+    """Every kernel and every tile once, and those that read codes with one kind of them each."""
+    tiles = {
+        (decode_tile(shape.width), prefill_tile(arch, shape.width, shape.group)): shape
+        for shape in reversed(HEAD_SHAPES)
+    }
     return [
-        *shape_variants(arch, Use("bf16"), LLAMA_8B),
+        *(variant for shape in reversed(tiles.values()) for variant in shape_variants(arch, Use("bf16"), shape)),
         decode_variant(arch, Use("bf16", "int8"), LLAMA_8B),
         decode_variant(arch, Use("fp16", _fp8(arch)), LLAMA_8B),
         prefill_variant(arch, Use("bf16", "int8"), LLAMA_8B),

@@ -1,6 +1,8 @@
 """Data: every (architecture, tile, dtype, bits, group, dtype of the scales) of the INT4 linear layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, product
 
 from kernels import dequantize_int4, gemm_int4, gemv_int4, grouped_dense, grouped_int4
@@ -66,21 +68,36 @@ def all_variants(arch: int) -> list[Variant]:
 
 
 def sample_variants(arch: int) -> list[Variant]:
-    """Every kernel, and the few-row one with each number of rows, taking kinds of weights and outputs in turn."""
+    """Every kernel and every tile once, taking kinds of weights and outputs in turn."""
     weights, splits = cycle(SAMPLED_WEIGHTS), cycle((True, True, False))
-    few_rows = [
-        few_rows_variant(arch, few_rows_tile(arch, bucket, kind.group_size), kind, is_split=is_split)
-        for bucket, kind, is_split in zip(FEW_ROWS_TILES[arch], weights, splits, strict=False)
+    sampled = [
+        (few_rows_tile(arch, bucket, kind.group_size), kind)
+        for bucket, kind in zip(FEW_ROWS_TILES[arch], weights, strict=False)
     ]
+    of_any = [pair for bucket in FEW_ROWS_TILES[arch] for pair in _each_once(partial(few_rows_tile, arch, bucket))]
+    few_rows = {**dict(of_any), **dict(sampled)}
+    buckets = [bucket for bucket in FEW_ROWS_TILES[arch] if bucket >= MIN_GROUPED_ROWS]
     return [
-        *few_rows,
-        many_rows_variant(arch, many_rows_tile(arch, 128), WEIGHTS[2]),
-        grouped_variant(arch, grouped_tile(arch, MIN_GROUPED_ROWS, 128), WEIGHTS[2]),
-        grouped_dense_variant(arch, grouped_dense_tile(arch, MIN_GROUPED_ROWS), "bf16"),
+        *(few_rows_variant(arch, tile, kind, is_split=next(splits)) for tile, kind in few_rows.items()),
+        *(many_rows_variant(arch, tile, kind) for tile, kind in _each_once(partial(many_rows_tile, arch))),
+        *(
+            grouped_variant(arch, tile, kind)
+            for bucket in buckets
+            for tile, kind in _each_once(partial(grouped_tile, arch, bucket))
+        ),
+        *(grouped_dense_variant(arch, grouped_dense_tile(arch, bucket), "bf16") for bucket in buckets),
         dense_variant(arch, next(weights)),
         sum_variant(arch, "fp16"),
         choices_variant(arch, "bf16"),
     ]
+
+
+def _each_once(tile_of: Callable[[int], LinearTile]) -> list[tuple[LinearTile, Weights]]:
+    """The tiles that it gives for the group sizes, each with the first kind of weights that takes it."""
+    kinds: dict[LinearTile, Weights] = {}
+    for weights in WEIGHTS:
+        kinds.setdefault(tile_of(weights.group_size), weights)
+    return list(kinds.items())
 
 
 def few_rows_variant(arch: int, tile: LinearTile, weights: Weights, *, is_split: bool) -> Variant:

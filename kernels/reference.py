@@ -13,9 +13,8 @@ from kernels.paged_batch import AttentionBatch, PagedLayer
 def dequantize(weight: PackedWeight) -> Tensor:
     """A ROW_MAJOR weight as float32 [N, K]: (code - zero) * scale, group by group."""
     plain = unpack(weight)
-    zeros = plain.zeros.repeat_interleave(plain.group_size, dim=1)
-    scales = plain.scales.float().repeat_interleave(plain.group_size, dim=1)
-    return (plain.codes.float() - zeros.float()) * scales
+    groups = plain.codes.view(*plain.scales.shape, plain.group_size).float()
+    return groups.sub_(plain.zeros[..., None]).mul_(plain.scales.float()[..., None]).flatten(1)
 
 
 def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -11,13 +11,14 @@ from kernels.reference import dequantize
 from quant.block_groups import ScaleGroup
 from quant.capture import Child
 from quant.clip_search import search_range
-from quant.correction import correct
-from quant.error_feedback import round_with_feedback
+from quant.correction import correct_
+from quant.error_feedback import FeedbackFactor, round_with_feedback
 from quant.errors import QuantizationError
 from quant.input_statistics import InputStatistics, PairStatistics
 from quant.method import MethodSteps
 from quant.residual import StreamWriter
-from quant.rounding import GroupGrid, codes_of, full_range, grid_of, round_onto, round_plainly
+from quant.rounding import codes_of, full_range, grid_of, round_onto, round_plainly
+from quant.row_spans import row_spans
 from quant.salience import LinearChannels, channel_errors, describe_channels
 from quant.scale_fold import STORAGE_DTYPE, fold
 from quant.scale_groups import linear_of
@@ -91,8 +92,8 @@ def describe_linears(
         known = statistics[group.observed]
         for name in group.linears:
             weight, grouping = linear_of(block, name).weight.detach(), plan.grouping_of(name)
-            plain = round_plainly(weight, grouping.group_size, grouping.bits)
-            channels[name] = describe_channels(weight, plain, known.gram, known.mean_magnitude)
+            lost = (rows - round_plainly(rows, grouping.group_size, grouping.bits) for rows in row_spans(weight))
+            channels[name] = describe_channels(weight, lost, known.gram, known.mean_magnitude)
     return channels
 
 
@@ -142,27 +143,39 @@ def round_folded(
     statistics: PairStatistics,
     folded: Mapping[str, FoldedGroup],
 ) -> dict[str, LayerResult]:
-    """Correct every linear of the groups, search its ranges and round it, in place, by linear name."""
+    """Correct every linear of the groups, search its ranges and round it, in place, by linear name.
+
+    What the statistics say of the groups is taken from them: it is worked on in its own memory.
+    """
     results = {}
     for group in groups:
         choice, scale = folded[group.observed].choice, folded[group.observed].scale
-        square = scale[:, None] * scale[None, :]
-        gram = torch.div(statistics.inputs[group.observed].gram, square, out=square)
-        weights = {name: linear_of(block, name).weight.detach() / scale for name in group.linears}
-        moments = statistics.moments.get(group.observed)
-        targets = weights if moments is None else correct(weights, moments)
-        codes = find_codes(
-            [targets[name] * scale for name in group.linears], gram, plan.steps, plan.grouping_of(group.linears[0])
-        )
-        numbers = zip(group.linears, codes, choice.signals, choice.row_norms, choice.plain_losses, strict=True)
-        for name, own_codes, signal, row_norms, plain_loss in numbers:
-            packed = store(block, name, own_codes)
-            # in the outputs' own size, as the signal is: a scale folded into the linear's rows had divided them
-            divisors = _row_divisors(row_norms, weights[name])
-            errors = channel_errors((targets[name] * scale - dequantize(packed)) * divisors[:, None], gram)
+        weights = {name: linear_of(block, name).weight.detach().div_(scale) for name in group.linears}
+        # in the outputs' own size, as the signal is: a scale folded into the linear's rows had divided them
+        divisors = [_row_divisors(*pair) for pair in zip(choice.row_norms, weights.values(), strict=True)]
+        gram = _correct(weights, statistics, group.observed).div_(scale[:, None]).div_(scale)
+        for weight in weights.values():
+            weight.mul_(scale)
+        grouping = plan.grouping_of(group.linears[0])
+        codes = find_codes(list(weights.values()), gram, plan.steps, grouping)
+        numbers = zip(group.linears, codes, choice.signals, divisors, choice.plain_losses, strict=True)
+        for name, own_codes, signal, row_divisors, plain_loss in numbers:
+            packed = pack_codes(name, own_codes)
+            rounded = dequantize(packed)
+            lost = weights[name].sub_(rounded).mul_(row_divisors[:, None])
+            errors = channel_errors(row_spans(lost), gram)
+            weights[name].copy_(rounded)
             loss = float(errors.sum()) / max(signal, SMALLEST_SIGNAL)
             results[name] = LayerResult(packed, choice.candidate.name, plain_loss, loss, errors)
     return results
+
+
+def _correct(weights: Mapping[str, Tensor], statistics: PairStatistics, observed: str) -> Tensor:
+    """Correct the weights by name, in place, as far as anything is known to correct them with; their input's gram."""
+    known = statistics.take(observed)
+    if isinstance(known, InputStatistics):
+        return known.gram
+    return correct_(weights, known.moments).div_(known.num_tokens)
 
 
 def _row_divisors(row_norms: Tensor, weight: Tensor) -> Tensor:
@@ -196,17 +209,27 @@ def find_codes(weights: Sequence[Tensor], gram: Tensor, steps: MethodSteps, grou
     No row's loss, its part of tr(D G D^T), is above that of rounding it to nearest.
     """
     # rows do not depend on each other: what is worked out of the gram serves those of all weights
-    weight = torch.cat(list(weights))
-    ends = search_range(weight, gram, grouping) if steps.ranges else full_range(weight, grouping.group_size)
-    grid = grid_of(ends, grouping.bits)
-    rounded = round_onto(weight, grid, grouping.bits)
-    if steps.feedback:
-        candidate = round_with_feedback(weight, gram, grid, grouping.bits)
-        better = output_error(weight - candidate, gram) < output_error(weight - rounded, gram)
-        rounded = torch.where(better[:, None], candidate, rounded)
-    sizes = [len(own) for own in weights]
-    parts = zip(*(torch.split(values, sizes) for values in (rounded, grid.scales, grid.zeros)), strict=True)
-    return [codes_of(own, GroupGrid(scales, zeros), grouping.bits) for own, scales, zeros in parts]
+    feedback = FeedbackFactor.of(gram) if steps.feedback else None
+
+    def codes_of_rows(rows: Tensor) -> GroupCodes:
+        ends = search_range(rows, gram, grouping) if steps.ranges else full_range(rows, grouping.group_size)
+        grid = grid_of(ends, grouping.bits)
+        rounded = round_onto(rows, grid, grouping.bits)
+        if feedback is not None:
+            candidate = round_with_feedback(rows, feedback, grid, grouping.bits)
+            better = output_error(rows - candidate, gram) < output_error(rows - rounded, gram)
+            rounded = torch.where(better[:, None], candidate, rounded)
+        return codes_of(rounded, grid, grouping.bits)
+
+    return [_join_rows([codes_of_rows(rows) for rows in row_spans(weight)]) for weight in weights]
+
+
+def _join_rows(parts: Sequence[GroupCodes]) -> GroupCodes:
+    """The codes of one weight, given some rows after the others."""
+    codes, scales, zeros = (
+        torch.cat(tensors) for tensors in zip(*((part.codes, part.scales, part.zeros) for part in parts), strict=True)
+    )
+    return replace(parts[0], codes=codes, scales=scales, zeros=zeros)
 
 
 def store(module: nn.Module, name: str, codes: GroupCodes) -> PackedWeight:

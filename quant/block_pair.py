@@ -1,72 +1,90 @@
 """A block twice: as the source has it, and as far as it is quantized. What cannot change any more is not run again.
 
-Much of a quantization's time are runs of blocks. The original never changes, and in the other nothing does that lies
-before what is left to round: what modules read there is kept, as far as memory goes. What linears read is kept no finer
-than their products read it, so all runs are to be those of `fast_products`.
+Much of a quantization's time are runs of blocks. The original never changes, so it is run once and its weights need
+not stay; and in the other nothing does that lies before what is left to round: what modules read there is kept. What
+linears read is kept no finer than their products read it, so all runs are to be those of `fast_products`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.capture import BlockInput, ClosedChild, Observation, observe, run_block
+from quant.capture import BlockInput, Chunks, ClosedChild, Observation, observe, run_block
 from quant.fast_products import product_dtype
+from quant.kept_states import KeptChunks
+from quant.kept_tensors import KeptTensors, Scratch
 from quant.residual import BLOCK
-
-# kept of each of the two blocks, at most; chunks beyond it are run again
-KEPT_BYTES = 2**29
 
 
 class OriginalBlock:
-    """The block as the source has it, of that index in the model, and the chunks that go into it."""
+    """What a block did as the source has it, with the chunks that go into it: all that is ever asked of it is kept."""
 
-    def __init__(self, block: nn.Module, index: int, chunks: Sequence[BlockInput]) -> None:
-        self._block = block
-        self._index = index
-        self._chunks = chunks
-        self._kept: list[Observation] = []
+    def __init__(self, scratch: Scratch) -> None:
+        self.outputs = KeptChunks(scratch)
+        self._tensors = KeptTensors(scratch)
+        self._places: list[dict[tuple[str, str], int]] = []
 
-    def run(self, inputs: Collection[str], outputs: Collection[str]) -> list[BlockInput]:
-        """The next block's inputs; keeps what the named modules read and gave of the first chunks."""
-        results, num_bytes = [], 0
-        for chunk in self._chunks:
-            seen = observe(self._block, self._index, chunk, inputs, {BLOCK, *outputs})
-            results.append(BlockInput(seen.outputs[BLOCK].view_as(chunk.hidden), chunk.contexts))
-            inputs_kept = {name: self._shortened(name, states) for name, states in seen.inputs.items()}
-            kept = Observation(inputs_kept, seen.outputs)
+    @classmethod
+    def run(
+        cls,
+        block: nn.Module,
+        index: int,
+        chunks: Iterable[BlockInput],
+        inputs: Collection[str],
+        outputs: Collection[str],
+        scratch: Scratch,
+    ) -> "OriginalBlock":
+        """Run the block of that index in the model, and note what the named modules read and gave in each chunk."""
+        original = cls(scratch)
+        for chunk in chunks:
+            seen = observe(block, index, chunk, inputs, {BLOCK, *outputs})
+            original.outputs.append(BlockInput(seen.outputs[BLOCK].view_as(chunk.hidden), chunk.contexts))
+            read = {("read", name): _shortened(block, name, states) for name, states in seen.inputs.items()}
             # the block's output is there anyway, as the next one's input
-            others = [states for name, states in seen.outputs.items() if name != BLOCK]
-            num_bytes += sum(states.nbytes for states in (*kept.inputs.values(), *others))
-            if num_bytes <= KEPT_BYTES:
-                self._kept.append(kept)
-        return results
+            given = {("gave", name): states for name, states in seen.outputs.items() if name != BLOCK}
+            original._note({**read, **given})
+        return original
 
     def observe(self, number: int, inputs: Collection[str], outputs: Collection[str]) -> Observation:
         """What the named modules read and gave in that chunk; `run` was told of all of them."""
-        if number < len(self._kept):
-            kept = self._kept[number]
-            return Observation({name: kept.inputs[name].float() for name in inputs}, kept.outputs)
-        return observe(self._block, self._index, self._chunks[number], inputs, outputs)
+        places = self._places[number]
+        return Observation(
+            {name: self._tensors[places["read", name]].float() for name in inputs if ("read", name) in places},
+            {name: self._output(number, name) for name in outputs},
+        )
 
-    def _shortened(self, name: str, states: Tensor) -> Tensor:
-        return states.to(product_dtype()) if isinstance(self._block.get_submodule(name), nn.Linear) else states
+    def _output(self, number: int, name: str) -> Tensor:
+        if name == BLOCK:
+            return self.outputs[number].hidden.flatten(0, -2)
+        return self._tensors[self._places[number]["gave", name]]
+
+    def _note(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+        places = {}
+        for key, tensor in tensors.items():
+            places[key] = len(self._tensors)
+            self._tensors.append(tensor)
+        self._places.append(places)
+
+
+def _shortened(block: nn.Module, name: str, states: Tensor) -> Tensor:
+    return states.to(product_dtype()) if isinstance(block.get_submodule(name), nn.Linear) else states
 
 
 class CurrentBlock:
     """The block that is quantized in place, of that index in the model, and the chunks that go into it."""
 
-    def __init__(self, block: nn.Module, index: int, chunks: Sequence[BlockInput]) -> None:
+    def __init__(self, block: nn.Module, index: int, chunks: Chunks, scratch: Scratch) -> None:
         self.block = block
         self.index = index
         self.chunks = chunks
-        self._settled: dict[ClosedChild, dict[int, Tensor]] = {}
-        self._num_bytes = 0
+        self._scratch = scratch
+        self._settled: dict[ClosedChild, _SettledInputs] = {}
 
     def settle(self, children: Collection[ClosedChild]) -> None:
         """From now on nothing changes what the linears that close these children read; it is noted at the next run."""
-        self._settled |= {child: {} for child in children if child not in self._settled}
+        self._settled |= {child: _SettledInputs(self._scratch) for child in children if child not in self._settled}
 
     def observe(self, number: int, inputs: Collection[str], outputs: Collection[str] = ()) -> Observation:
         """What the named modules read and gave in the chunk of that number."""
@@ -84,13 +102,13 @@ class CurrentBlock:
         hooks, replayed = [], []
         for child, kept in self._settled.items():
             closing = self.block.get_submodule(child.closing)
-            if number in kept:
+            if number in kept.places:
                 module = self.block.get_submodule(child.name)
                 # in the module itself rather than in its place: blocks read settings of their attention
-                vars(module)["forward"] = _Replay(closing, kept[number], child)
+                vars(module)["forward"] = _Replay(closing, kept.tensors[kept.places[number]], child)
                 replayed.append(module)
             else:
-                hooks.append(closing.register_forward_pre_hook(self._noting(kept, number)))
+                hooks.append(closing.register_forward_pre_hook(_noting(kept, number)))
         try:
             yield
         finally:
@@ -99,14 +117,21 @@ class CurrentBlock:
             for module in replayed:
                 del vars(module)["forward"]
 
-    def _noting(self, kept: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            states = arguments[0].to(product_dtype())
-            if self._num_bytes + states.nbytes <= KEPT_BYTES:
-                self._num_bytes += states.nbytes
-                kept[number] = states
 
-        return note
+class _SettledInputs:
+    """What the linear that closes a child reads to the end. places: in the tensors, by the number of the chunk."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.tensors = KeptTensors(scratch)
+        self.places: dict[int, int] = {}
+
+
+def _noting(kept: _SettledInputs, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        kept.places[number] = len(kept.tensors)
+        kept.tensors.append(arguments[0].to(product_dtype()))
+
+    return note
 
 
 class _Replay:

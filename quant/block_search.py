@@ -1,7 +1,6 @@
 """One block and its calibration inputs: stage by stage capture, search, fold, correct and round; keep the better."""
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from quant.block import (
 )
 from quant.block_groups import ScaleGroup
 from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
-from quant.capture import Child, ClosedChild, run_block
+from quant.capture import BlockInput, Child, ClosedChild, run_block
 from quant.fast_products import fast_products
 from quant.input_statistics import (
     InputStatistics,
@@ -34,6 +33,9 @@ from quant.input_statistics import (
     relative_weights,
     routed_names,
 )
+from quant.kept_states import KeptChunks
+from quant.kept_tensors import Scratch
+from quant.machine_memory import give_back_freed
 from quant.report import BlockError, LayerLoss
 from quant.residual import BLOCK, StreamWriter
 from quant.salience import LinearChannels, measure_salience
@@ -52,47 +54,70 @@ class BlockOutcome:
     error: BlockError
 
 
-def search_block(block: nn.Module, name: str, index: int, streams: Streams, plan: BlockPlan) -> BlockOutcome:
-    """Quantize the block of that name and index in place by the plan's steps, or plainly where that is better.
+@dataclass(frozen=True)
+class OpenBlock:
+    """A block with the source's weights, of that name and index in the model; restore: gives it them again."""
+
+    module: nn.Module
+    name: str
+    index: int
+    restore: Callable[[], None]
+
+
+def search_block(opened: OpenBlock, streams: Streams, plan: BlockPlan, scratch: Scratch) -> BlockOutcome:
+    """Quantize the block in place by the plan's steps, or plainly where that is better.
 
     Attention is quantized before what the MLP reads is looked at, and so on: each stage sees the error of the ones
     before, and what adds to the stream that of all others of its stage. Raises QuantizationError naming the module
     whose input is not finite.
     """
-    source = copy.deepcopy(block)
-    # without a correction nothing but the sample is compared with the original
-    original = OriginalBlock(source, index, streams.original if plan.steps.correction else streams.original[:1])
+    block, name = opened.module, opened.name
     with fast_products():
-        outputs = original.run(*_compared(block, plan))
-    before, target = streams.original[0].hidden, outputs[0].hidden
+        # without a correction nothing but the sample is compared with the original
+        chunks = streams.original if plan.steps.correction else [streams.original[0]]
+        original = OriginalBlock.run(block, opened.index, chunks, *_compared(block, plan), scratch)
+    token_weights = relative_weights(original.outputs)
+    before, target = streams.original[0].hidden, original.outputs[0].hidden
     round_plain_parameters(block, name, plan)
-    current, token_weights = CurrentBlock(block, index, streams.current), relative_weights(outputs)
+    current = CurrentBlock(block, opened.index, streams.current, scratch)
     if not all(bool(torch.isfinite(weights).all()) for weights in token_weights):
         in_order = [group.observed for stage in stages_of(block, plan.groups) for group in stage]
         _check_inputs(name, capture(current, in_order))
         check_finite(f"the output of {name}", torch.cat(token_weights))
+    plain_error = _change(_try_plainly(opened, plan, streams.current[0]), target, before)
     results, channels = _search_stages(name, BlockPair(original, current), plan, token_weights)
-    plain_packed = round_block_plainly(source, plan)
     with fast_products():
-        searched = [current.run(number) for number in range(len(streams.current))]
-        plain_output = run_block(source, index, streams.current[0]).hidden
-    chosen_error, plain_error = (_change(output, target, before) for output in (searched[0].hidden, plain_output))
-
+        reached = KeptChunks(scratch, (current.run(number) for number in range(len(streams.current))))
+    chosen_error = _change(reached[0].hidden, target, before)
     if chosen_error <= plain_error:
-        kept, packed, reached = "searched", {linear: result.packed for linear, result in results.items()}, searched
+        kept, packed = "searched", {linear: result.packed for linear, result in results.items()}
         layers = _searched_losses(name, results, channels)
     else:
-        block.load_state_dict(source.state_dict())
+        opened.restore()
         round_plain_parameters(block, name, plan)
-        kept, packed = "plain", plain_packed
-        reached = [run_block(block, index, chunk) for chunk in streams.current]
+        kept, packed = "plain", round_block_plainly(block, plan)
+        with fast_products():
+            reached = KeptChunks(scratch, (run_block(block, opened.index, chunk) for chunk in streams.current))
         layers = _plain_losses(name, results, channels)
     return BlockOutcome(
         packed=packed,
-        next_streams=Streams(outputs if plan.steps.correction else reached, reached),
+        next_streams=Streams(original.outputs if plan.steps.correction else reached, reached),
         layers=layers,
         error=BlockError(name, plain_error, min(chosen_error, plain_error), kept),
     )
+
+
+def _try_plainly(opened: OpenBlock, plan: BlockPlan, chunk: BlockInput) -> Tensor:
+    """What the block gives for the chunk when it is rounded plainly; it is as it was afterwards.
+
+    Tried before the search, so that the original's weights need not be in memory beside it.
+    """
+    round_block_plainly(opened.module, plan)
+    with fast_products():
+        output = run_block(opened.module, opened.index, chunk).hidden
+    opened.restore()
+    round_plain_parameters(opened.module, opened.name, plan)
+    return output
 
 
 def _search_stages(
@@ -107,9 +132,12 @@ def _search_stages(
         pair.current.settle(settled_children(plan.order, (), stages[place:]))
         waves = waves_of(stage, plan.writers)
         statistics = _capture(pair, waves, plan, token_weights)
-        _check_inputs(name, statistics.inputs)
-        channels |= describe_linears(block, stage, plan, statistics.inputs)
-        folded = _fold(pair.current, stage, plan, statistics)
+        give_back_freed()
+        inputs = statistics.inputs()
+        _check_inputs(name, inputs)
+        channels |= describe_linears(block, stage, plan, inputs)
+        folded = _fold(pair.current, stage, plan, inputs)
+        del inputs
         # what is yet to be rounded is to see what will be stored
         round_plain_parameters(block, name, plan)
         results |= round_folded(block, waves[0], plan, statistics, folded)
@@ -119,6 +147,7 @@ def _search_stages(
             pair.current.settle(settled_children(plan.order, waves[number:], stages[place + 1 :]))
             # what it reads, and the stream it adds to, have changed with what was rounded before it
             changed = _capture(pair, [wave], plan, token_weights)
+            give_back_freed()
             changed.unscale_(folded[wave[0].observed].scale)
             results |= round_folded(block, wave, plan, changed, folded)
             del changed
@@ -228,7 +257,7 @@ def _capture(
     """What the first wave is corrected with, and what the scales of all waves are searched with."""
     if not plan.steps.correction:
         names = list(dict.fromkeys(group.observed for wave in waves for group in wave))
-        return PairStatistics(capture(pair.current, names), {})
+        return PairStatistics({}, capture(pair.current, names))
     observed = {linear: group.observed for group in waves[0] for linear in group.linears}
     own = {linear: writer for linear, writer in plan.writers.items() if linear in observed}
     later = [group.observed for wave in waves[1:] for group in wave]
@@ -236,11 +265,11 @@ def _capture(
 
 
 def _fold(
-    current: CurrentBlock, stage: Sequence[ScaleGroup], plan: BlockPlan, statistics: PairStatistics
+    current: CurrentBlock, stage: Sequence[ScaleGroup], plan: BlockPlan, inputs: Mapping[str, InputStatistics]
 ) -> dict[str, FoldedGroup]:
     """Search and fold the scales of a stage; all are left at 1 where folding changes what the block computes."""
     block = current.block
-    choices = choose_scales(block, stage, plan, statistics.inputs)
+    choices = choose_scales(block, stage, plan, inputs)
     if not plan.steps.scales:
         return keep_scales(block, stage, choices)
     touched = {name for group in stage for name in (*group.linears, *group.kept)}

@@ -1,7 +1,7 @@
 """A model of which only what runs is in memory: a block at a time, and a module at a time outside of the blocks."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,10 +40,17 @@ class BlockwiseModel:
         """The model with all its weights in that dtype, as one of its own."""
         return materialise(self.model, "", self.weights, dtype)
 
-    def embed(self, rows: Sequence[Tensor]) -> list[list[BlockInput]]:
-        """The inputs of the first block (capture.embed) for each of several token ids, int64 [sequences, T]."""
+    def restore_block(self, block: nn.Module, index: int) -> None:
+        """Give what load_block gave for that index its weights again, in place."""
+        name = list(self.stack.blocks)[index]
+        with torch.no_grad():
+            for own, parameter in block.named_parameters():
+                parameter.copy_(self.weights.read(f"{name}.{own}", parameter.dtype))
+
+    def embed(self, token_ids: Tensor) -> Iterator[BlockInput]:
+        """The inputs of the first block (capture.embed) for token ids int64 [sequences, T], chunk by chunk."""
         with self._first_block() as stack, outer_weights(self.model, stack, self.weights):
-            return [embed(stack, token_ids) for token_ids in rows]
+            yield from embed(stack, token_ids)
 
     def run_outer(self, token_ids: Tensor, states: Tensor) -> Tensor:
         """The logits [B, T, V] where the last block gives states [B, T, hidden] for token ids [B, T]."""

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from quant.model_structure import BlockStack
 
 # tokens that go through a block at a time: enough to fill the cores, few enough to stay small in memory
 CHUNK_TOKENS = 2048
+# what their states take: an MLP in float32 holds some ten times as much at once
+CHUNK_BYTES = 2**23
 # the first chunk is what a block is tried on, again and again: so many tells whether two outputs are the same
 FIRST_CHUNK_TOKENS = 512
 # what decoders call the cache that they hand to a block
@@ -46,6 +49,16 @@ class BlockInput:
 
     hidden: Tensor
     contexts: tuple[BlockContext, ...]
+
+
+class Chunks(Protocol):
+    """Chunks in their order: a list, or one that memory does not hold whole."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> BlockInput: ...
+
+    def __iter__(self) -> Iterator[BlockInput]: ...
 
 
 @dataclass(frozen=True)
@@ -107,36 +120,34 @@ class _SeenAllError(Exception):
     """Ends the run of a block of which nothing more is wanted."""
 
 
-def split_sequences(token_ids: Tensor) -> tuple[Tensor, ...]:
-    """Token ids int64 [sequences, T] in chunks of about CHUNK_TOKENS, the first of about FIRST_CHUNK_TOKENS."""
-    num_first, num_others = (
-        max(1, num_tokens // token_ids.shape[1]) for num_tokens in (FIRST_CHUNK_TOKENS, CHUNK_TOKENS)
-    )
+def split_sequences(token_ids: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Token ids int64 [sequences, T] in chunks for states of that width, the first of about FIRST_CHUNK_TOKENS.
+
+    The others have about CHUNK_TOKENS, or fewer where those would be wider than CHUNK_BYTES.
+    """
+    most = min(CHUNK_TOKENS, CHUNK_BYTES // (torch.float32.itemsize * width))
+    num_first, num_others = (max(1, num_tokens // token_ids.shape[1]) for num_tokens in (FIRST_CHUNK_TOKENS, most))
     others = token_ids[num_first:]
     return (token_ids[:num_first], *(torch.split(others, num_others) if len(others) else ()))
 
 
-def embed(stack: BlockStack, token_ids: Tensor) -> list[BlockInput]:
-    """Token ids int64 [sequences, T] as the inputs of the first block, in the chunks of `split_sequences`.
+def embed(stack: BlockStack, token_ids: Tensor) -> Iterator[BlockInput]:
+    """Token ids int64 [sequences, T] as the inputs of the first block, in the chunks of `split_sequences`, one by one.
 
     The blocks are not run. Raises SourceError when the decoder does more between blocks than hand states on.
     """
     wraps = gives_tuples(stack, token_ids[:1, :1])
-    recorders = [BlockRecorder(returns_tuple=wraps) for _ in stack.blocks]
-    chunks = split_sequences(token_ids)
-    with replaced_blocks(stack, recorders):
-        for chunk in chunks:
+    for chunk in split_sequences(token_ids, stack.width):
+        recorders = [BlockRecorder(returns_tuple=wraps) for _ in stack.blocks]
+        with replaced_blocks(stack, recorders):
             stack.decoder(chunk, use_cache=False)
-    for recorder in recorders:
-        if any(own is not first for own, first in zip(recorder.hidden, recorders[0].hidden, strict=True)):
+        hidden = recorders[0].hidden[0]
+        if any(recorder.hidden[0] is not hidden for recorder in recorders):
             raise SourceError(
                 f"{type(stack.decoder).__name__} changes the states between its blocks, so they cannot be searched one "
                 "by one; use --method rtn"
             )
-    return [
-        BlockInput(recorders[0].hidden[index], tuple(recorder.contexts[index] for recorder in recorders))
-        for index in range(len(chunks))
-    ]
+        yield BlockInput(hidden, tuple(recorder.contexts[0] for recorder in recorders))
 
 
 def observe(

@@ -14,46 +14,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.cholesky import factor_in_place
+from quant.gram_sums import SplitGramSum
+
 # how much a change of the weights costs, as a share of the mean power of the inputs; the last leaves nearly all as is
 RIDGES = (0.03, 0.2, 1.0, 5.0)
-# ridges are ranked on evenly spread rows: all rows read the same input, so a sample ranks as all of them do
+# ridges are ranked on evenly spread rows: all rows read the same input, so a sample ranks as all of them do. So many
+# are solved for at a time
 RANKING_ROWS = 256
 # of inputs that are all zero
 SMALLEST_POWER = 1e-12
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Sums over tokens, for the linears that read one input: its gram Y^T Y [K, K], and what their outputs should be.
+class TargetSums:
+    """Sums over tokens of what the outputs of linears that read one input should be, against that input.
 
     targets: T^T Y [N, K] of those that add to the residual stream, T being what puts the stream right after them.
     cross: X^T Y [K, K], which gives the targets of the others; None where there are none.
     """
 
-    gram: Tensor
     cross: Tensor | None
     targets: Mapping[str, Tensor]
 
-    def __add__(self, other: "Moments") -> "Moments":
-        cross = None if self.cross is None or other.cross is None else self.cross + other.cross
-        targets = {name: target + other.targets[name] for name, target in self.targets.items()}
-        return Moments(self.gram + other.gram, cross, targets)
+    def scale_(self, scale: Tensor) -> None:
+        """Make them those of inputs Y that are multiplied by scale [K], in place."""
+        for sums in (*([] if self.cross is None else [self.cross]), *self.targets.values()):
+            sums.mul_(scale)
 
-    def unscale_(self, scale: Tensor, square: Tensor) -> None:
-        """Make them those of inputs Y before they were divided by scale [K], in place; square: its outer product."""
-        self.gram.mul_(square)
-        if self.cross is not None:
-            self.cross.mul_(scale)
-        for target in self.targets.values():
-            target.mul_(scale)
-
-    def target(self, name: str, weight: Tensor, step: int) -> Tensor:
-        """What every step-th output of the named linear should be, against the inputs: T^T Y [N / step, K].
-
-        weight: those rows of the linear's.
-        """
+    def of(self, name: str, weight: Tensor, rows: "slice[int | None, int | None, int | None]") -> Tensor:
+        """T^T Y of these rows of the named linear, whose weight has these rows: float32 as weight."""
         if name in self.targets:
-            return self.targets[name][::step]
+            return self.targets[name][rows]
         if self.cross is None:
             raise KeyError(f"nothing is known of what {name} should give")
         return weight @ self.cross
@@ -61,68 +53,94 @@ class Moments:
 
 @dataclass(frozen=True)
 class SplitMoments:
-    """The moments of most tokens, which weights are fitted to, and of the rest, which tell how well that carries."""
+    """The sums of all tokens, and of those that nothing is fitted to, which tell how well what is fitted carries over.
 
-    fit: Moments
-    held_out: Moments
+    held_out: its targets have only the rows of `ranking_rows`.
+    """
+
+    grams: SplitGramSum
+    whole: TargetSums
+    held_out: TargetSums
+
+    def scale_(self, scale: Tensor) -> None:
+        """Make them those of inputs Y that are multiplied by scale [K], in place."""
+        self.grams.scale_(scale)
+        self.whole.scale_(scale)
+        self.held_out.scale_(scale)
 
 
-def correct(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict[str, Tensor]:
-    """The weights V [N, K] that minimise |T - V Y|^2 + r |W - V|^2 over the tokens, for weights W [N, K] by name.
+def ranking_rows(num_rows: int) -> "slice[None, None, int]":
+    """RANKING_ROWS of a linear's rows, evenly spread."""
+    return slice(None, None, -(-num_rows // RANKING_ROWS))
+
+
+def correct_(weights: Mapping[str, Tensor], moments: SplitMoments) -> Tensor:
+    """Make of weights W [N, K] by name, in place, the V that minimise |T - V Y|^2 + r |W - V|^2 over the tokens.
 
     T is W X, and where the linear adds to the stream W X + E, E being how far the stream has drifted.
     V = (T^T Y + r W) (Y^T Y + r)^-1. The ridge r is the one of RIDGES whose V, fitted to most tokens, is best
-    on the rest, for each linear its own; where none is better there than W, that is returned: little text, or text of
-    many kinds, moves little. So is W where float32 cannot solve for V: with few tokens the rounding of the products
+    on the rest, for each linear its own; where none is better there than W, that stays: little text, or text of
+    many kinds, moves little. So does W where float32 cannot solve for V: with few tokens the rounding of the products
     that were summed can outweigh a small ridge. All linears read one input.
+
+    Returns Y^T Y of all tokens [K, K]; it has the moments' memory, and they mean nothing any more.
     """
     ridges = _choose_ridges(weights, moments)
-    corrected = dict(weights)
-    chosen = [ridge for ridge in dict.fromkeys(ridges.values()) if ridge is not None]
-    whole = moments.fit + moments.held_out if chosen else moments.fit
-    for ridge in chosen:
-        names = [name for name in weights if ridges[name] == ridge]
-        rows = torch.cat([weights[name] for name in names])
-        target = torch.cat([whole.target(name, weights[name], 1) for name in names])
-        solved = _solve(rows, target, whole.gram, ridge)
-        if solved is not None:
-            corrected |= zip(names, torch.split(solved, [len(weights[name]) for name in names]), strict=True)
-    return corrected
+    gram = moments.grams.merge()
+    for ridge in dict.fromkeys(ridges.values()):
+        solver = None if ridge is None else _RidgeSolver.of(gram.T.clone(), ridge)
+        for name, weight in weights.items():
+            if solver is not None and ridges[name] == ridge:
+                for start in range(0, len(weight), RANKING_ROWS):
+                    rows = slice(start, start + RANKING_ROWS)
+                    weight[rows] = solver.solve(weight[rows], moments.whole.of(name, weight[rows], rows))
+    return gram
 
 
 def _choose_ridges(weights: Mapping[str, Tensor], moments: SplitMoments) -> dict[str, float | None]:
     """The best ridge of each linear; None where the weight is better as it is."""
-    steps = {name: -(-len(weight) // RANKING_ROWS) for name, weight in weights.items()}
-    samples = {name: weight[:: steps[name]] for name, weight in weights.items()}
+    sampled = {name: ranking_rows(len(weight)) for name, weight in weights.items()}
+    samples = {name: weight[sampled[name]] for name, weight in weights.items()}
     sizes = [len(sample) for sample in samples.values()]
-    fitted, held_out = (
-        torch.cat([part.target(name, sample, steps[name]) for name, sample in samples.items()])
-        for part in (moments.fit, moments.held_out)
-    )
+    whole = torch.cat([moments.whole.of(name, sample, sampled[name]) for name, sample in samples.items()])
+    held_out = torch.cat([moments.held_out.of(name, sample, slice(None)) for name, sample in samples.items()])
     rows = torch.cat(list(samples.values()))
 
     def errors(candidate: Tensor) -> list[float]:
         """Of each linear |T - V Y|^2 on the held-out tokens, less what does not depend on V."""
-        by_row = ((candidate @ moments.held_out.gram - 2 * held_out) * candidate).sum(dim=1)
+        by_row = ((moments.grams.held_out_product(candidate) - 2 * held_out) * candidate).sum(dim=1)
         return [float(part.sum()) for part in torch.split(by_row, sizes)]
 
     tried: dict[float | None, list[float]] = {None: errors(rows)}
     for ridge in RIDGES:
-        solved = _solve(rows, fitted, moments.fit.gram, ridge)
-        if solved is not None:
-            tried[ridge] = errors(solved)
+        solver = _RidgeSolver.of(moments.grams.fit(), ridge)
+        if solver is not None:
+            tried[ridge] = errors(solver.solve(rows, whole - held_out))
+        # let go before the next is made
+        del solver
     # the first of equals: a weight that gains nothing stays as it is
     return {name: min(tried, key=lambda ridge: tried[ridge][place]) for place, name in enumerate(weights)}
 
 
-def _solve(weight: Tensor, target: Tensor, gram: Tensor, ridge: float) -> Tensor | None:
-    """V for one ridge; None where float32 does not hold the penalised gram as positive definite."""
-    power = gram.diagonal().mean().clamp(min=SMALLEST_POWER)
-    penalty = ridge * power
-    penalised = gram.clone()
-    penalised.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(penalised)
-    del penalised
-    if failed:
-        return None
-    return torch.cholesky_solve((target + penalty * weight).T, factor).T.contiguous()
+@dataclass(frozen=True)
+class _RidgeSolver:
+    """factor: Cholesky's, of the gram with the penalty on its diagonal."""
+
+    factor: Tensor
+    penalty: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, ridge: float) -> "_RidgeSolver | None":
+        """In the memory of gram [K, K], which lies column by column; None where float32 does not hold it as positive
+        definite.
+        """
+        penalty = ridge * gram.diagonal().mean().clamp(min=SMALLEST_POWER)
+        gram.diagonal().add_(penalty)
+        return cls(gram, penalty) if factor_in_place(gram) else None
+
+    def solve(self, weight: Tensor, target: Tensor) -> Tensor:
+        """V [R, K] for rows of the weight and of T^T Y, each [R, K]."""
+        # two steps, because cholesky_solve copies the factor
+        half = torch.linalg.solve_triangular(self.factor, (target + self.penalty * weight).T, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.factor.T, half, upper=True)
+        return solved.T

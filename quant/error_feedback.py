@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.cholesky import factor_in_place
 from quant.errors import QuantizationError
 from quant.rounding import GroupGrid
 
@@ -22,24 +23,60 @@ MAX_DAMPING_RETRIES = 6
 BLOCK_COLUMNS = 64
 
 
-def round_with_feedback(weight: Tensor, gram: Tensor, grid: GroupGrid, bits: int) -> Tensor:
-    """weight float32 [N, K] on its groups' grids so that tr(D G D^T), D its error, is small for inputs of gram [K, K],
-    and for inputs that correlate less.
+@dataclass(frozen=True)
+class FeedbackFactor:
+    """What is worked out of an input's gram [K, K] for all rows of all linears that read it.
+
+    order: int64 [K], the columns by rising input power. factor: float32 [K, K], unit lower triangular; the gram in that
+    order, shrunk and damped, is factor D factor^T with a diagonal D.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor) -> "FeedbackFactor":
+        """Raises QuantizationError when the gram cannot be factored."""
+        power = gram.diagonal()
+        mean_power = power.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        order = power.argsort()
+        damping = DAMPING
+        for _ in range(1 + MAX_DAMPING_RETRIES):
+            # symmetric, so it is its own transpose
+            factor = gram[order[:, None], order].T
+            factor.mul_(1 - SHRINKAGE).diagonal().copy_(power[order] + damping * mean_power)
+            if factor_in_place(factor):
+                return cls(order, factor.div_(factor.diagonal().clone()))
+            # let go before the next is made
+            del factor
+            damping *= 10
+        raise QuantizationError(
+            f"an input's gram matrix of {len(gram)} channels cannot be factored, damped up to {damping:g}"
+        )
+
+
+def round_with_feedback(weight: Tensor, feedback: FeedbackFactor, grid: GroupGrid, bits: int) -> Tensor:
+    """weight float32 [N, K] on its groups' grids so that tr(D G D^T), D its error, is small for inputs of the gram G
+    that was factored, and for inputs that correlate less.
 
     Columns go by falling input power ("act-order"): the most important ones are rounded while all others can still
     make up for them. The grid stays that of each column's own group, so no `g_idx` is needed. Returns float32 [N, K].
-    Raises QuantizationError when the gram cannot be factored.
+
+    What a column takes on is the sum of the errors before it, each times its entry of the factor of the gram itself:
+    the same as GPTQ's updates by the factor of the inverse (QuIP, arXiv 2307.13304, section 3 and theorem 6), for a
+    third of the work before the first column.
     """
-    order = gram.diagonal().argsort(descending=True)
-    factor = _inverse_factor(shrink(gram[order[:, None], order]))
+    order, factor = feedback.order, feedback.factor
     groups = (order // (weight.shape[1] // grid.scales.shape[1])).tolist()
     # columns as rows: contiguous, so that a column is one read
     columns = weight.T[order].contiguous()
     grids = _ColumnGrids.of(grid, bits)
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, len(columns))
-        errors = _round_columns(columns[start:end], factor[start:end, start:end], grids, groups[start:end])
-        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    errors = torch.empty_like(columns)
+    for end in range(len(columns), 0, -BLOCK_COLUMNS):
+        block = slice(max(0, end - BLOCK_COLUMNS), end)
+        wanted = torch.addmm(columns[block], factor[end:, block].T, errors[end:])
+        _round_columns(wanted, factor[block, block], grids, groups[block], errors[block].copy_(columns[block]))
+        columns[block] = wanted
     rounded = torch.empty_like(columns)
     rounded[order] = columns
     return rounded.T.contiguous()
@@ -59,45 +96,15 @@ class _ColumnGrids:
         return cls(grid.scales.T.contiguous(), -zeros, 2**bits - 1 - zeros)
 
 
-def _round_columns(columns: Tensor, factor: Tensor, grids: _ColumnGrids, groups: list[int]) -> Tensor:
-    """Round a block of columns [B, N] of these groups in place, each taking on the errors before it.
+def _round_columns(wanted: Tensor, factor: Tensor, grids: _ColumnGrids, groups: list[int], errors: Tensor) -> None:
+    """Round a block of columns [B, N] of these groups from the last to the first, each taking on the errors after it.
 
-    Returns the scaled errors.
+    wanted: the columns with all errors after the block; rounded afterwards. errors: the columns themselves; what they
+    lose afterwards.
     """
-    errors = torch.empty_like(columns)
-    for index, group in enumerate(groups):
-        column, scale = columns[index], grids.scales[group]
-        rounded = (column / scale).round_().clamp_(grids.lowest[group], grids.highest[group]).mul_(scale)
-        torch.sub(column, rounded, out=errors[index]).div_(factor[index, index])
-        column.copy_(rounded)
-        columns[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
-    return errors
-
-
-def shrink(gram: Tensor) -> Tensor:
-    """The gram [K, K] with SHRINKAGE of its correlations taken away; the power of the channels stays."""
-    shrunk = torch.lerp(gram, gram.new_zeros(()), SHRINKAGE)
-    shrunk.diagonal().copy_(gram.diagonal())
-    return shrunk
-
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = (gram + damping)^-1, float32 [K, K]."""
-    mean_power = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    damping = DAMPING
-    factor: Tensor
-    for _ in range(1 + MAX_DAMPING_RETRIES):
-        damped = gram.clone()
-        damped.diagonal().add_(damping * mean_power)
-        # one name for all: what a step has read is let go before the next
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not failed:
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
-            if not failed:
-                return factor
-        damping *= 10
-    raise QuantizationError(
-        f"an input's gram matrix of {len(gram)} channels cannot be factored, damped up to {damping:g}"
-    )
+    for index in reversed(range(len(groups))):
+        scale = grids.scales[groups[index]]
+        column = wanted[index].div_(scale).round_()
+        column.clamp_(grids.lowest[groups[index]], grids.highest[groups[index]]).mul_(scale)
+        errors[index].sub_(column)
+        wanted[:index].addr_(factor[index, :index], errors[index])

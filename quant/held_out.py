@@ -4,6 +4,8 @@ The hidden states of the windows go through each block twice, before it is quant
 model is ever in memory whole, and no logits are kept.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
@@ -30,9 +32,8 @@ class HeldOutStates:
     def __init__(self, windows: Tensor, original: BlockwiseModel, quantized: BlockwiseModel) -> None:
         """windows: int64 [W, T], perhaps none. quantized: the model as it will be outside of its blocks."""
         self._windows = windows
-        rows = list(windows[:, None])
-        self._original = [chunk for chunks in original.embed(rows) for chunk in chunks] if rows else []
-        self._quantized = [chunk for chunks in quantized.embed(rows) for chunk in chunks] if rows else []
+        self._original = list(original.embed(windows)) if len(windows) else []
+        self._quantized = list(quantized.embed(windows)) if len(windows) else []
 
     def follow_original(self, block: nn.Module, name: str, index: int) -> None:
         """Take the original's states through its block of that name and index.
@@ -54,11 +55,12 @@ class HeldOutStates:
         sums, original_sums = QualitySums(), QualitySums()
         num_rows = max(1, LOGIT_BYTES // (original.model.config.get_text_config().vocab_size * torch.float32.itemsize))
         meter.report("evaluate", 0, len(self._windows))
-        for index, window in enumerate(self._windows):
+        states = zip(self._windows, _by_window(self._original), _by_window(self._quantized), strict=True)
+        for index, (window, original_states, quantized_states) in enumerate(states):
             for start in range(0, len(window) - 1, num_rows):
                 rows = slice(start, min(start + num_rows, len(window) - 1))
-                expected = _logits("original", original, window[rows], self._original[index].hidden[:, rows])
-                logits = _logits("quantized model", quantized, window[rows], self._quantized[index].hidden[:, rows])
+                expected = _logits("original", original, window[rows], original_states[:, rows])
+                logits = _logits("quantized model", quantized, window[rows], quantized_states[:, rows])
                 targets = window[1:][rows]
                 original_sums.add(expected, expected, targets)
                 sums.add(logits, expected, targets)
@@ -90,6 +92,11 @@ def check_quality(quality: HeldOutQuality, max_kl: float | None) -> None:
             "allowed (--max-kl), so no checkpoint was written; what is finished is kept, and the same command with a "
             "higher bound goes on there; or try more calibration samples or a smaller group size"
         )
+
+
+def _by_window(chunks: Sequence[BlockInput]) -> Iterator[Tensor]:
+    """The states of one window after the other, each [1, T, hidden]."""
+    return (states for chunk in chunks for states in torch.split(chunk.hidden, 1))
 
 
 def _run_checked(model_name: str, block: nn.Module, name: str, index: int, chunk: BlockInput) -> BlockInput:

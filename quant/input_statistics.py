@@ -4,16 +4,17 @@ Legend: K = in features of a linear, N = its out features, X = its inputs in the
 Y = its inputs in the model whose earlier layers are quantized [tokens, K].
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quant.block_pair import BlockPair, CurrentBlock
-from quant.capture import BlockInput, Observation, run_hooked
-from quant.correction import Moments, SplitMoments
+from quant.capture import BlockInput, Chunks, Observation, run_hooked
+from quant.correction import SplitMoments, TargetSums, ranking_rows
 from quant.fast_products import fast_products
+from quant.gram_sums import GramSum, SplitGramSum
 from quant.linear_experts import Expert, LinearExperts
 from quant.residual import BLOCK, StreamWriter
 
@@ -21,8 +22,6 @@ from quant.residual import BLOCK, StreamWriter
 MIN_EXPERT_TOKENS = 256
 # one token in so many tells how well a correction carries over to text that it was not fitted to
 HELD_OUT_SHARE = 4
-# of a gram's columns: more panels spare more of the products, up to half, but are slower ones
-NUM_PANELS = 3
 # of the median token's power: a state that is nearly 0 must not count for more than ten tokens
 SMALLEST_POWER_SHARE = 0.1
 
@@ -39,59 +38,58 @@ class InputStatistics:
 class Streams:
     """The chunks on their two ways: through the original blocks, and through what has been made of them."""
 
-    original: Sequence[BlockInput]
-    current: Sequence[BlockInput]
+    original: Chunks
+    current: Chunks
+
+
+@dataclass(frozen=True)
+class PairedInput:
+    """An input in both streams: what its linears are corrected with, and mean |y| [K] over so many tokens."""
+
+    moments: SplitMoments
+    mean_magnitude: Tensor
+    num_tokens: int
 
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Both by observed module. moments: what the weights of the linears that read there are corrected with, if any."""
+    """By observed module. alone: of the current stream, where nothing is corrected."""
 
-    inputs: Mapping[str, InputStatistics]
-    moments: Mapping[str, SplitMoments]
+    paired: dict[str, PairedInput]
+    alone: dict[str, InputStatistics]
+
+    def take(self, observed: str) -> PairedInput | InputStatistics:
+        """What is known of that module's input, the caller's own: it is let go of here, as it is large."""
+        return self.paired.pop(observed) if observed in self.paired else self.alone.pop(observed)
+
+    def inputs(self) -> dict[str, InputStatistics]:
+        """What scales are searched with; of those that are paired in memory of its own."""
+        return {
+            **{
+                name: InputStatistics(entry.moments.grams.total().div_(entry.num_tokens), entry.mean_magnitude)
+                for name, entry in self.paired.items()
+            },
+            **self.alone,
+        }
 
     def unscale_(self, scale: Tensor) -> None:
         """Make them, in place, those of inputs before they were divided by scale [K] in the current stream.
 
         All are of that width.
         """
-        square = scale[:, None] * scale[None, :]
-        for entry in self.inputs.values():
-            entry.gram.mul_(square)
+        for entry in self.paired.values():
+            entry.moments.scale_(scale)
             entry.mean_magnitude.mul_(scale)
-        for moments in self.moments.values():
-            moments.fit.unscale_(scale, square)
-            moments.held_out.unscale_(scale, square)
-
-
-class _GramSum:
-    """Adds up Y^T Y [K, K], of which only panels on and above the diagonal are multiplied: the rest is their mirror."""
-
-    def __init__(self, num_features: int) -> None:
-        self._upper = torch.zeros(num_features, num_features)
-        self._width = -(-num_features // NUM_PANELS)
-
-    def add(self, weighted: Tensor, rows: Tensor) -> None:
-        """Count inputs [tokens, K], given as they are and times their weights."""
-        for start in range(0, len(self._upper), self._width):
-            panel = slice(start, start + self._width)
-            self._upper[panel, start:].addmm_(weighted[:, panel].T, rows[:, start:])
-
-    def result(self) -> Tensor:
-        """The whole sum, in the memory that it was added up in."""
-        for start in range(0, len(self._upper), self._width):
-            panel = slice(start, start + self._width)
-            self._upper[panel, :start] = self._upper[:start, panel].T
-            own = self._upper[panel, panel]
-            own.copy_(own.triu() + own.triu(1).T)
-        return self._upper
+        for statistics in self.alone.values():
+            statistics.gram.mul_(scale[:, None]).mul_(scale)
+            statistics.mean_magnitude.mul_(scale)
 
 
 class StatisticsSum:
     """Adds up the statistics of one linear's input."""
 
     def __init__(self, num_features: int) -> None:
-        self._gram = _GramSum(num_features)
+        self._gram = GramSum(num_features)
         self._magnitude = torch.zeros(num_features)
         self._num_tokens = 0
 
@@ -125,13 +123,16 @@ class PairSum:
         """num_outputs: N of those of the linears that add to the stream, by name. others: whether any does not."""
         self._magnitude = torch.zeros(num_features)
         self._num_tokens = 0
-        self._parts = tuple(
-            _Part(
-                gram=_GramSum(num_features),
+        self._grams = SplitGramSum(num_features)
+        # of the held-out tokens only the rows that are looked at
+        self._ranked = {linear: ranking_rows(size) for linear, size in num_outputs.items()}
+        sizes = {linear: len(range(size)[self._ranked[linear]]) for linear, size in num_outputs.items()}
+        self._whole, self._held_out = (
+            TargetSums(
                 cross=torch.zeros(num_features, num_features) if others else None,
-                targets={linear: torch.zeros(size, num_features) for linear, size in num_outputs.items()},
+                targets={linear: torch.zeros(size, num_features) for linear, size in rows.items()},
             )
-            for _ in ("fit", "held out")
+            for rows in (num_outputs, sizes)
         )
 
     def add(
@@ -144,28 +145,22 @@ class PairSum:
         self._magnitude += current.abs().sum(dim=0)
         self._num_tokens += len(current)
         num_fitted = len(current) - len(current) // HELD_OUT_SHARE
-        for part, tokens in zip(self._parts, (slice(num_fitted), slice(num_fitted, None)), strict=True):
-            weighted = _weighted(current[tokens], None if weights is None else weights[tokens])
-            part.gram.add(weighted, current[tokens])
-            if part.cross is not None and original is not None:
-                part.cross.addmm_(original[tokens].T, weighted)
-            for linear, target in targets.items():
-                part.targets[linear].addmm_(target[tokens].T, weighted)
+        fitted, held_out = slice(num_fitted), slice(num_fitted, None)
+        weighted = _weighted(current, weights)
+        self._grams.add_fit(weighted[fitted], current[fitted])
+        self._grams.add_held_out(weighted[held_out], current[held_out])
+        for sums, tokens in ((self._whole, slice(None)), (self._held_out, held_out)):
+            if sums.cross is not None and original is not None:
+                sums.cross.addmm_(original[tokens].T, weighted[tokens])
+        for linear, target in targets.items():
+            self._whole.targets[linear].addmm_(target.T, weighted)
+            ranked = target[held_out, self._ranked[linear]]
+            self._held_out.targets[linear].addmm_(ranked.T, weighted[held_out])
 
-    def result(self) -> tuple[InputStatistics, SplitMoments]:
+    def result(self) -> PairedInput:
         """What scales and ranges are searched with, and what the linears are corrected with."""
-        fit, held_out = (Moments(part.gram.result(), part.cross, part.targets) for part in self._parts)
-        gram = torch.add(fit.gram, held_out.gram).div_(self._num_tokens)
-        return InputStatistics(gram, self._magnitude / self._num_tokens), SplitMoments(fit, held_out)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Sums over one part of the tokens, added to in place."""
-
-    gram: _GramSum
-    cross: Tensor | None
-    targets: Mapping[str, Tensor]
+        moments = SplitMoments(self._grams, self._whole, self._held_out)
+        return PairedInput(moments, self._magnitude / self._num_tokens, self._num_tokens)
 
 
 def capture(current: CurrentBlock, names: Sequence[str]) -> dict[str, InputStatistics]:
@@ -218,13 +213,9 @@ def capture_pair(
             for name in alone.keys() & current.inputs.keys():
                 alone[name].add(current.inputs[name], weights if name in later else None)
         alone |= _show_all_tokens(pair.current, alone)
-    results = {name: total.result() for name, total in paired.items()}
     return PairStatistics(
-        inputs={
-            **{name: inputs for name, (inputs, _) in results.items()},
-            **{name: total.result() for name, total in alone.items()},
-        },
-        moments={name: moments for name, (_, moments) in results.items()},
+        paired={name: total.result() for name, total in paired.items()},
+        alone={name: total.result() for name, total in alone.items()},
     )
 
 
@@ -234,7 +225,7 @@ def routed_names(block: nn.Module) -> set[str]:
     return {name for name, _ in block.named_modules() if any(name.startswith(f"{prefix}.") for prefix in experts)}
 
 
-def relative_weights(outputs: Sequence[BlockInput]) -> list[Tensor]:
+def relative_weights(outputs: Iterable[BlockInput]) -> list[Tensor]:
     """A weight per token, float32 [tokens] of each chunk, mean 1: one over the power of its state after the block.
 
     What reads the stream normalises it first, so an error counts by its share of the state. Without this the first

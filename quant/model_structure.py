@@ -18,12 +18,13 @@ from quant.errors import SourceError
 class BlockStack:
     """A model's blocks in order. decoder: embeds token ids and runs the blocks, which it holds in `attribute`.
 
-    name: the name of the blocks' list in the model.
+    name: the name of the blocks' list in the model. width: of the hidden states.
     """
 
     decoder: nn.Module
     attribute: str
     name: str
+    width: int
 
     @property
     def module_list(self) -> nn.Module:
@@ -41,7 +42,8 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
 
     Raises SourceError when there is none.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    num_layers = config.num_hidden_layers
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -53,7 +55,7 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
         )
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
     parent, _, attribute = name.rpartition(".")
-    return BlockStack(decoder=model.get_submodule(parent), attribute=attribute, name=name)
+    return BlockStack(decoder=model.get_submodule(parent), attribute=attribute, name=name, width=config.hidden_size)
 
 
 def stored_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

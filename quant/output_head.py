@@ -10,13 +10,14 @@ from kernels.layout import PackedWeight
 from kernels.reference import dequantize
 from quant.block import check_finite, find_codes, pack_codes, plain_codes
 from quant.blockwise_model import BlockwiseModel
-from quant.capture import run_block, split_sequences
+from quant.capture import run_block
 from quant.input_statistics import InputStatistics, StatisticsSum
 from quant.method import MethodSteps
 from quant.model_plan import HeadPlan
 from quant.report import LayerLoss
 from quant.rounding import round_plainly
-from quant.scale_search import IDENTITY, output_error, relative_loss
+from quant.row_spans import row_spans
+from quant.scale_search import IDENTITY, relative_loss, total_error
 
 # what the head reads is known well enough from so many
 SAMPLE_TOKENS = 8192
@@ -29,8 +30,8 @@ class HeadInput:
         """token_ids: int64 [sequences, T]; about SAMPLE_TOKENS of them are taken, evenly spread."""
         num_rows = max(1, SAMPLE_TOKENS // token_ids.shape[1])
         sample = token_ids[:: max(1, token_ids.shape[0] // num_rows)][:num_rows]
-        self._token_ids = split_sequences(sample)
-        (self._states,) = model.embed([sample])
+        self._states = list(model.embed(sample))
+        self._token_ids = torch.split(sample, [len(chunk.hidden) for chunk in self._states])
 
     def follow(self, block: nn.Module, index: int) -> None:
         """Take the states through the quantized block of that index."""
@@ -73,9 +74,10 @@ def search_head(weight: Tensor, plan: HeadPlan, steps: MethodSteps, gram: Tensor
     Raises QuantizationError when what it reads is not finite.
     """
     check_finite(f"the input of {plan.name}", gram)
-    signal = float(output_error(weight, gram).sum())
-    plain = round_plainly(weight, plan.grouping.group_size, plan.grouping.bits)
+    signal = total_error(row_spans(weight), gram)
     (codes,) = find_codes([weight], gram, steps, plan.grouping)
     packed = pack_codes(plan.name, codes)
-    plain_loss, loss = (relative_loss(weight - rounded, gram, signal) for rounded in (plain, dequantize(packed)))
+    plain = (rows - round_plainly(rows, plan.grouping.group_size, plan.grouping.bits) for rows in row_spans(weight))
+    chosen = [weight - dequantize(packed)]
+    plain_loss, loss = (relative_loss(differences, gram, signal) for differences in (plain, chosen))
     return packed, LayerLoss(plan.name, IDENTITY, plain_loss, loss)

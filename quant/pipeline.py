@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,19 +13,21 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import PackedWeight
 from kernels.reference import dequantize
-from kernels.weight_kinds import WHOLE_ROW
 from quant.bit_allocation import OptionRange, Shape, budget_of
 from quant.block import check_finite, plain_parameters, round_block_plainly, round_plain_parameters
-from quant.block_search import search_block
+from quant.block_search import OpenBlock, search_block
 from quant.block_structure import BlockStructures
 from quant.blockwise_model import BlockwiseModel
 from quant.calibration import CalibrationText, CalibrationTokens, calibration_tokens, read_texts
 from quant.checkpoint.location import recorded_name
 from quant.checkpoint.output_format import check_fits
-from quant.checkpoint.stored_module import PackedSpec, bits_per_weight
+from quant.checkpoint.stored_module import bits_per_weight
 from quant.checkpoint.writer import CheckpointWriter, check_place
+from quant.disk_space import expected_bytes, finished_bytes, list_memory_bytes, planned_modules, scratch_bytes
 from quant.held_out import HeldOutStates, check_quality, read_windows
 from quant.input_statistics import Streams
+from quant.kept_states import KeptChunks
+from quant.kept_tensors import Scratch
 from quant.model_card import CARD_FILE, model_card, read_licence
 from quant.model_plan import HeadPlan, ModelPlan, mix, plain_names, plan_model, shortcomings
 from quant.model_structure import stored_modules, stored_tensors, untie
@@ -41,7 +44,6 @@ from quant.progress import (
 from quant.recipe import Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report, shares_of
 from quant.resume import FinishedBlock, FinishedWork, replay_block, run_digest
-from quant.rounding import SCALE_DTYPE
 from quant.scale_fold import STORAGE_DTYPE
 from quant.scale_groups import linear_of
 from quant.sensitivity import measure_sensitivity, mixture_of
@@ -111,7 +113,7 @@ def quantize(
     budget_bits = _budget(recipe, source.model, plan)
     files = source.side_files()
     num_bytes = expected_bytes(source.model, planned, budget_bits) + sum(map(len, files.values()))
-    num_bytes += finished_bytes(plan, planned, budget_bits)
+    num_bytes += finished_bytes(plan, planned, budget_bits) + scratch_bytes(recipe, source.model, planned)
     finished = FinishedWork(run_digest(recipe, source_path, texts), on_notice)
     with CheckpointWriter(
         out, expected_bytes=num_bytes, output_format=recipe.output_format, accepts=finished.accepts
@@ -154,35 +156,6 @@ def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None) -
     )
 
 
-def planned_modules(model: PreTrainedModel, plan: ModelPlan) -> dict[str, PackedSpec]:
-    """What each linear that is quantized will be stored as, by its full name."""
-    modules = {}
-    for name, grouping in plan.groupings().items():
-        num_outputs, num_inputs = linear_of(model, name).weight.shape
-        group_size = num_inputs if grouping.group_size == WHOLE_ROW else grouping.group_size
-        modules[name] = PackedSpec(num_outputs, num_inputs, grouping.bits, group_size, SCALE_DTYPE)
-    return modules
-
-
-def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec], budget_bits: int | None) -> int:
-    """What the checkpoint's tensors will take on disk, at most; budget_bits: what a target lets the linears have."""
-    # a head that shares the embedding's weight is no parameter of its own, and the embedding stays as it is
-    num_plain = sum(
-        parameter.numel() for name, parameter in model.named_parameters() if name.removesuffix(".weight") not in planned
-    )
-    num_packed_bits = max(sum(spec.num_bits for spec in planned.values()), budget_bits or 0)
-    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
-
-
-def finished_bytes(plan: ModelPlan, planned: Mapping[str, PackedSpec], budget_bits: int | None) -> int:
-    """What the finished blocks take on disk, at most: they stay until the whole checkpoint is there."""
-    specs = [planned[name] for name in plan.block_groupings()]
-    num_parameters = sum(parameter.numel() for parameter in plan.stack.module_list.parameters())
-    num_plain = num_parameters - sum(spec.num_outputs * spec.num_inputs for spec in specs)
-    num_packed_bits = max(sum(spec.num_bits for spec in specs), budget_bits or 0)
-    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
-
-
 def _resumption(num_resumed: int, num_blocks: int) -> str:
     place = f"at block {num_resumed + 1} of" if num_resumed < num_blocks else "after the last of"
     return f"resuming {place} {num_blocks}: an earlier run ended there"
@@ -218,7 +191,8 @@ def _mix(job: Job, tokens: CalibrationTokens, budget_bits: int) -> ModelPlan:
 
 def _search_blocks(job: Job, tokens: CalibrationTokens, held_out: HeldOutStates) -> SearchNumbers:
     """Block after block, each on the states that the quantized blocks before it give and on those of the original."""
-    (inputs,) = job.model.embed([tokens.ids])
+    scratch = Scratch(job.writer.scratch, list_memory_bytes(planned_modules(job.source.model, job.plan)))
+    inputs = KeptChunks(scratch, job.model.embed(tokens.ids))
     streams = Streams(inputs, inputs)
     head_input = None if job.plan.head is None else HeadInput(job.model, tokens.ids)
     structures = BlockStructures()
@@ -232,9 +206,10 @@ def _search_blocks(job: Job, tokens: CalibrationTokens, held_out: HeldOutStates)
         plan = structures.complete(block_plan, block, index, streams.original[0])
         if index < job.num_resumed:
             done = job.finished.read_block(index)
-            streams = replay_block(block, index, streams, done, job.recipe.steps)
+            streams = replay_block(block, index, streams, done, job.recipe.steps, scratch)
         else:
-            outcome = search_block(block, block_name, index, streams, plan)
+            opened = OpenBlock(block, block_name, index, partial(job.model.restore_block, block, index))
+            outcome = search_block(opened, streams, plan, scratch)
             streams = outcome.next_streams
             numbers = SearchNumbers(layers=outcome.layers, blocks=(outcome.error,))
             done = _finish(job, index, block, outcome.packed, numbers)

@@ -4,10 +4,9 @@ A block is finished when its file is: the file holds all that the block's weight
 it. Every file names its run, so that no block of another recipe, source or version is ever taken.
 """
 
-import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,13 +18,15 @@ from torch import Tensor, nn
 from kernels.layout import PackedWeight, WeightLayout
 from kernels.reference import dequantize
 from quant.calibration import CalibrationText, CalibrationTokens
-from quant.capture import run_block
+from quant.capture import BlockInput, run_block
 from quant.checkpoint.location import recorded_name
 from quant.checkpoint.tensor_files import read_header
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import CheckpointError
 from quant.fast_products import fast_products
 from quant.input_statistics import Streams
+from quant.kept_states import KeptChunks
+from quant.kept_tensors import Scratch
 from quant.method import MethodSteps
 from quant.recipe import Recipe
 from quant.report import BlockError, CalibrationOrigin, LayerLoss
@@ -168,21 +169,20 @@ class FinishedWork:
 
 
 def replay_block(
-    block: nn.Module, index: int, streams: Streams, finished: FinishedBlock, steps: MethodSteps
+    block: nn.Module, index: int, streams: Streams, finished: FinishedBlock, steps: MethodSteps, scratch: Scratch
 ) -> Streams:
     """Give the block of that index its finished weights, in place, and return the next one's streams.
 
     They have the bits that they had when the block was finished: inputs, weights and operations are the same.
     """
-    outputs = None
-    if steps.correction:
-        # a copy, as in the search: where weights lie in memory can decide in which order a matrix product adds up
-        original = copy.deepcopy(block)
+
+    def run(chunks: Iterable[BlockInput]) -> KeptChunks:
         with fast_products():
-            outputs = [run_block(original, index, chunk) for chunk in streams.original]
+            return KeptChunks(scratch, (run_block(block, index, chunk) for chunk in chunks))
+
+    outputs = run(streams.original) if steps.correction else None
     finished.restore(block)
-    with fast_products():
-        current = [run_block(block, index, chunk) for chunk in streams.current]
+    current = run(streams.current)
     return Streams(current if outputs is None else outputs, current)
 
 

@@ -6,6 +6,7 @@ the magnitude of what they carry, matter far more than the rest; picked by their
 Legend: N = out features, K = in features, D = W - Q [N, K] what rounding changes, G = X^T X / tokens [K, K].
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +49,26 @@ class LinearChannels:
     plain_errors: Tensor
 
 
-def describe_channels(weight: Tensor, plain: Tensor, gram: Tensor, mean_magnitude: Tensor) -> LinearChannels:
-    """weight, plain: float32 [N, K], as it is and rounded plainly; gram [K, K] and mean_magnitude [K] of its input."""
-    return LinearChannels(mean_magnitude, weight.norm(dim=0), channel_errors(weight - plain, gram))
+def describe_channels(
+    weight: Tensor, differences: Iterable[Tensor], gram: Tensor, mean_magnitude: Tensor
+) -> LinearChannels:
+    """weight: float32 [N, K]. differences: what plain rounding changes in it, some rows after the others.
+
+    gram [K, K] and mean_magnitude [K] of its input.
+    """
+    return LinearChannels(mean_magnitude, weight.norm(dim=0), channel_errors(differences, gram))
 
 
-def channel_errors(difference: Tensor, gram: Tensor) -> Tensor:
+def channel_errors(differences: Iterable[Tensor], gram: Tensor) -> Tensor:
     """[K]: each input channel's part of tr(D G D^T), the sum over the outputs of (D G)[n, k] D[n, k].
 
-    The parts add up to the whole. One may be negative: its error then undoes some of the others'. Folding a scale s
-    into a linear and 1/s into its input leaves them as they are.
+    differences: D, some rows after the others. The parts add up to the whole. One may be negative: its error then
+    undoes some of the others'. Folding a scale s into a linear and 1/s into its input leaves them as they are.
     """
-    return ((difference @ gram) * difference).sum(dim=0)
+    errors = gram.new_zeros(len(gram))
+    for rows in differences:
+        errors += ((rows @ gram) * rows).sum(dim=0)
+    return errors
 
 
 def measure_salience(channels: LinearChannels, chosen_errors: Tensor) -> Salience:

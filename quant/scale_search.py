@@ -3,7 +3,7 @@
 Legend: N = out features of a linear, K = in features, C = channels of the operation that makes the input.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.weight_kinds import WHOLE_ROW
 from quant.input_statistics import InputStatistics
 from quant.rounding import round_plainly, split_groups
+from quant.row_spans import row_spans
 from quant.salience import SALIENT_SHARE
 from quant.side_by_side import run_side_by_side
 
@@ -152,10 +153,15 @@ def scale_candidates(shared: SharedInput, group_size: int) -> Iterator[ScaleCand
 
 def relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """[K]: the mean over all rows of |w| beside the largest |w| of its group (AutoAWQ quantizer.py)."""
-    groups = split_groups(torch.cat(list(weights)).abs(), group_size)
-    largest = groups.amax(dim=-1, keepdim=True)
-    relative = groups / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.flatten(relative, start_dim=-2).mean(dim=0)
+    total, num_rows = torch.zeros_like(weights[0][0]), 0
+    for weight in weights:
+        for rows in row_spans(weight):
+            groups = split_groups(rows.abs(), group_size)
+            largest = groups.amax(dim=-1, keepdim=True)
+            relative = groups / largest.clamp(min=torch.finfo(torch.float32).tiny)
+            total += torch.flatten(relative, start_dim=-2).sum(dim=0)
+        num_rows += len(weight)
+    return total / num_rows
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
@@ -165,12 +171,17 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
 
 def signals_of(shared: SharedInput) -> tuple[float, ...]:
     """tr(W G W^T) of every linear: its mean squared output, which errors are measured against."""
-    return tuple(float(output_error(weight, shared.statistics.gram).sum()) for weight in shared.weights)
+    return tuple(total_error(row_spans(weight), shared.statistics.gram) for weight in shared.weights)
 
 
-def relative_loss(difference: Tensor, gram: Tensor, signal: float) -> float:
-    """tr(D G D^T) as a share of the signal."""
-    return float(output_error(difference, gram).sum()) / max(signal, SMALLEST_SIGNAL)
+def total_error(differences: Iterable[Tensor], gram: Tensor) -> float:
+    """tr(D G D^T) for inputs of gram [K, K]; differences: D, some rows after the others."""
+    return sum(float(output_error(rows, gram).sum()) for rows in differences)
+
+
+def relative_loss(differences: Iterable[Tensor], gram: Tensor, signal: float) -> float:
+    """total_error as a share of the signal."""
+    return total_error(differences, gram) / max(signal, SMALLEST_SIGNAL)
 
 
 class _ScaleDescent:
@@ -233,8 +244,10 @@ def _losses(
     scale = shared.spread.expand(candidate.scale)
     losses = []
     for weight, signal in zip(shared.weights, signals, strict=True):
-        difference = weight - round_plainly(weight * scale, grouping.group_size, grouping.bits) / scale
-        losses.append(relative_loss(difference, shared.statistics.gram, signal))
+        differences = (
+            rows - round_plainly(rows * scale, grouping.group_size, grouping.bits) / scale for rows in row_spans(weight)
+        )
+        losses.append(relative_loss(differences, shared.statistics.gram, signal))
     return tuple(losses)
 
 

@@ -45,7 +45,7 @@ def measure_sensitivity(
     Linears that read one input are a unit: they run as one layer when they are served. So are the same linears of a
     block's experts, which see too few tokens one by one. report hears how many blocks of how many are measured.
     """
-    (inputs,) = model.embed([sample_of(token_ids)])
+    inputs = list(model.embed(sample_of(token_ids)))
     units: list[Unit] = []
     for index, (name, block_plan) in enumerate(plan.blocks.items()):
         report(index, len(plan.blocks))

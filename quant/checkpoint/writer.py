@@ -23,8 +23,9 @@ from quant.checkpoint.stored_module import PackedSpec, spec_of
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
 from quant.checkpoint.work_folder import WorkFolder, flush_to_disk, folders_for
 from quant.errors import OutputError, QualityError, Terminated, WriteError
+from quant.kept_tensors import KeptTensors, Scratch
 
-# a shard is held in memory until it is written, and many tools read a checkpoint shard by shard
+# many tools read a checkpoint shard by shard
 DEFAULT_SHARD_BYTES = 512 * 1024**2
 # in the hidden folder: what becomes the checkpoint, and what is finished for a later run to go on with
 CHECKPOINT_FOLDER = "checkpoint"
@@ -43,7 +44,8 @@ class CheckpointWriter:
 
     But what `save_finished` wrote outlives a full disk, a refused quality, a termination and a kill, and a later writer
     may accept it.
-    `directory` is where the checkpoint grows, in the hidden folder; `finished`, beside it, what was saved.
+    `directory` is where the checkpoint grows, in the hidden folder; `finished`, beside it, what was saved; `scratch` is
+    the hidden folder itself, for files without a name.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class CheckpointWriter:
         self._output_format = output_format
         self._packed: dict[str, PackedSpec] = {}
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._pending_names: list[str] = []
         self._pending_bytes = 0
         self._shards: list[tuple[str, ...]] = []
         self._names: set[str] = set()
@@ -76,6 +78,8 @@ class CheckpointWriter:
             self._folder = WorkFolder.claim(self._out, lambda folder: accepts(folder / FINISHED_FOLDER))
             self.directory = self._folder.path / CHECKPOINT_FOLDER
             self.finished = self._folder.path / FINISHED_FOLDER
+            self.scratch = self._folder.path
+            self._pending = KeptTensors(Scratch(self.scratch))
             # half a checkpoint is no use: it is written again from what is finished
             shutil.rmtree(self.directory, ignore_errors=True)
             self._reserve()
@@ -88,7 +92,6 @@ class CheckpointWriter:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pending.clear()
         if isinstance(error, PASSING_ERRORS) and self.finished.exists():
             shutil.rmtree(self.directory, ignore_errors=True)
             self._folder.release()
@@ -108,13 +111,13 @@ class CheckpointWriter:
         tensor_bytes = tensor.numel() * tensor.element_size()
         self._total_bytes += tensor_bytes
         if self._pending_bytes + tensor_bytes > self._shard_bytes:
-            self._write_shard()
+            self._write_pending()
         if tensor_bytes >= self._shard_bytes:
-            self._pending[name] = tensor.detach().cpu().contiguous()
-            self._write_shard()
+            self._write_shard({name: tensor.detach().cpu().contiguous()})
             return
         # a copy, because the caller may fold scales into its tensor before the shard is written
-        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending.append(tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
+        self._pending_names.append(name)
         self._pending_bytes += tensor_bytes
 
     def add_packed(self, module_name: str, weight: PackedWeight) -> None:
@@ -153,7 +156,7 @@ class CheckpointWriter:
         `config` holds its `quantization_config` already. Raises OutputError when the disk is full or `out` appeared
         meanwhile, CheckpointError when what was written is no valid checkpoint.
         """
-        self._write_shard()
+        self._write_pending()
         try:
             self._name_shards()
             for name, content in {CONFIG_FILE: _json_bytes(config), **files}.items():
@@ -168,17 +171,20 @@ class CheckpointWriter:
         CheckpointReader.open(self.directory)
         self._rename()
 
-    def _write_shard(self) -> None:
-        if not self._pending:
-            return
+    def _write_pending(self) -> None:
+        if self._pending_names:
+            self._write_shard(dict(zip(self._pending_names, self._pending, strict=True)))
+            self._pending = KeptTensors(Scratch(self.scratch))
+            self._pending_names.clear()
+            self._pending_bytes = 0
+
+    def _write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         file = self.directory / _unnumbered(len(self._shards))
         try:
-            save_file(self._pending, file, metadata={"format": "pt"})
+            save_file(dict(tensors), file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise self._failure(str(error)) from error
-        self._shards.append(tuple(self._pending))
-        self._pending.clear()
-        self._pending_bytes = 0
+        self._shards.append(tuple(tensors))
 
     def _name_shards(self) -> None:
         """Give the shards their final names, which hold the number of shards, and write the index."""

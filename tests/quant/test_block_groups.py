@@ -44,7 +44,7 @@ def test_a_fold_that_forgets_any_one_reader_changes_the_block(variant: Variant, 
     stack = find_blocks(model)
     block = next(iter(stack.blocks.values()))
     with torch.no_grad():
-        chunk = embed(stack, TOKENS)[0]
+        chunk = next(embed(stack, TOKENS))
         expected = run_block(block, 0, chunk).hidden
         for group in groups_of(block, rows_of(variant.model_type), model.config):
             for reader in (*group.linears, *group.kept) if group.source else ():
@@ -112,7 +112,7 @@ def test_linears_without_a_row_that_read_one_tensor_are_joined(tmp_path: Path) -
     stack = find_blocks(model)
     block = next(iter(stack.blocks.values()))
     with torch.no_grad():
-        chunk = embed(stack, TOKENS)[0]
+        chunk = next(embed(stack, TOKENS))
         groups = share_inputs(groups_of(block, (), model.config), block, 0, chunk)
     assert [group.linears for group in groups] == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -128,7 +128,7 @@ def test_joining_inputs_leaves_no_linear_out_and_no_scaled_group_changed(tmp_pat
     block = next(iter(stack.blocks.values()))
     groups = groups_of(block, rows_of("opt"), model.config)
     with torch.no_grad():
-        shared = share_inputs(groups, block, 0, embed(stack, TOKENS)[0])
+        shared = share_inputs(groups, block, 0, next(embed(stack, TOKENS)))
     assert {name for group in shared for name in group.linears} == {name for group in groups for name in group.linears}
     assert [group for group in shared if group.source] == [group for group in groups if group.source]
 

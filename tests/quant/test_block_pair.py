@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from quant import block_pair
 from quant.block_pair import CurrentBlock, OriginalBlock
 from quant.capture import BlockInput, ClosedChild, embed, observe, run_block, running_order
 from quant.fast_products import fast_products, product_dtype
+from quant.kept_tensors import Scratch
 from quant.model_structure import find_blocks
 from tests.quant.tiny_families import VARIANTS, open_tiny
 
@@ -29,7 +29,7 @@ def run_as_quantizations_do() -> Iterator[None]:
 def open_block(directory: Path, name: str = "llama") -> tuple[nn.Module, list[BlockInput]]:
     model = open_tiny(next(variant for variant in VARIANTS if variant.name == name), directory)
     stack = find_blocks(model)
-    return next(iter(stack.blocks.values())), embed(stack, TOKENS)
+    return next(iter(stack.blocks.values())), list(embed(stack, TOKENS))
 
 
 @contextmanager
@@ -43,27 +43,23 @@ def counting(module: nn.Module) -> Iterator[list[str]]:
 @torch.no_grad()
 def test_the_original_is_run_once_for_its_outputs_and_for_all_that_is_asked_later(tmp_path: Path) -> None:
     block, chunks = open_block(tmp_path)
-    original = OriginalBlock(block, 0, chunks)
     expected = observe(block, 0, chunks[1], ["mlp.down_proj"], ["mlp.down_proj"])
     with counting(block.get_submodule("mlp")) as runs:
-        outputs = original.run(["mlp.down_proj"], ["mlp.down_proj"])
+        original = OriginalBlock.run(block, 0, chunks, ["mlp.down_proj"], ["mlp.down_proj"], Scratch(tmp_path))
         seen = original.observe(1, ["mlp.down_proj"], ["mlp.down_proj"])
     assert len(runs) == len(chunks) == 2
-    assert torch.equal(outputs[1].hidden, run_block(block, 0, chunks[1]).hidden)
+    assert torch.equal(original.outputs[1].hidden, run_block(block, 0, chunks[1]).hidden)
     read = expected.inputs["mlp.down_proj"]
     assert torch.equal(seen.inputs["mlp.down_proj"], read.to(product_dtype()).float())
     assert torch.equal(seen.outputs["mlp.down_proj"], expected.outputs["mlp.down_proj"])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kept_bytes", [0, 2**29])
-def test_only_the_end_of_what_is_settled_runs_again_and_gives_the_same(
-    kept_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # given room for all that is noted, or for none of it
-    monkeypatch.setattr(block_pair, "KEPT_BYTES", kept_bytes)
+@pytest.mark.parametrize("memory_bytes", [0, 2**29])
+def test_only_the_end_of_what_is_settled_runs_again_and_gives_the_same(memory_bytes: int, tmp_path: Path) -> None:
+    # given memory for all that is noted, or for none of it
     block, chunks = open_block(tmp_path)
-    current = CurrentBlock(block, 0, chunks)
+    current = CurrentBlock(block, 0, chunks, Scratch(tmp_path, memory_bytes))
     current.settle([ATTENTION])
     current.run(1)
     # and a change of the linear at the end of attention
@@ -76,7 +72,7 @@ def test_only_the_end_of_what_is_settled_runs_again_and_gives_the_same(
 
     assert torch.equal(output, expected)
     assert torch.equal(seen.outputs["self_attn.o_proj"], block.get_submodule("self_attn.o_proj")(*seen.inputs.values()))
-    assert len(runs) == (0 if kept_bytes else 2)
+    assert not runs
     # and the block itself is as it was
     assert "forward" not in vars(block.get_submodule("self_attn"))
     assert torch.equal(run_block(block, 0, chunks[1]).hidden, expected)
@@ -98,7 +94,7 @@ def test_what_ends_with_a_linear_is_found_in_the_order_it_runs(
     block, chunks = open_block(tmp_path, name)
     order = running_order(block, 0, chunks[0])
     assert {child.name: child.closing for child in order if isinstance(child, ClosedChild)} == closings
-    current = CurrentBlock(block, 0, chunks)
+    current = CurrentBlock(block, 0, chunks, Scratch())
     current.settle([child for child in order if isinstance(child, ClosedChild)])
     first, again = current.run(0), current.run(0)
     assert torch.equal(first.hidden, run_block(block, 0, chunks[0]).hidden)

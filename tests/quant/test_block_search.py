@@ -1,7 +1,7 @@
 """One block: what is written is what the next block reads, and plain rounding stands in for a search that failed."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from kernels.reference import dequantize
 from quant.block import BlockPlan, FoldedGroup, fold_scales, round_block_plainly
 from quant.block_groups import ScaleGroup, groups_of
 from quant.block_pair import CurrentBlock
-from quant.block_search import BlockOutcome, search_block, stages_of
+from quant.block_search import BlockOutcome, OpenBlock, search_block, stages_of
 from quant.block_structure import BlockStructures
 from quant.capture import BlockInput, embed, run_block
 from quant.fast_products import fast_products
 from quant.input_statistics import Streams, capture
+from quant.kept_tensors import Scratch
 from quant.method import STEPS, Method
 from quant.model_structure import find_blocks
 from quant.rounding import GroupRange, full_range
@@ -33,6 +34,16 @@ from tests.quant.tiny_families import VARIANTS, open_tiny
 from tests.tiny_models import save_tiny_model
 
 NAME = "model.layers.0"
+
+
+def restoring(block: nn.Module) -> Callable[[], None]:
+    """What gives the block the weights that it has now."""
+    weights = copy.deepcopy(block.state_dict())
+
+    def restore() -> None:
+        block.load_state_dict(weights)
+
+    return restore
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class Subject:
 
     def search(self) -> BlockOutcome:
         with torch.no_grad():
-            return search_block(self.block, NAME, 0, Streams(self.inputs, self.inputs), self.plan)
+            opened = OpenBlock(self.block, NAME, 0, restoring(self.block))
+            return search_block(opened, Streams(self.inputs, self.inputs), self.plan, Scratch())
 
 
 @pytest.fixture
@@ -59,7 +71,7 @@ def subject(tmp_path: Path) -> Subject:
         block = find_blocks(model).blocks[NAME]
         groups = groups_of(block, rows_of("llama"), model.config)
         steps = STEPS[Method.AWQ_GPTQ]
-        inputs = embed(find_blocks(model), tokens)
+        inputs = list(embed(find_blocks(model), tokens))
         plan = BlockStructures().complete(BlockPlan(groups, Grouping(4, 32), steps), block, 0, inputs[0])
         plain = round_block_plainly(find_blocks(rounded).blocks[NAME], plan)
         return Subject(block, plan, inputs, run_block(block, 0, inputs[0]).hidden, plain)
@@ -97,11 +109,11 @@ def test_each_layer_says_what_it_and_its_salient_channels_make_of_the_error(
             original.get_parameter(norm) / subject.block.get_parameter(norm),
         )
         rows = 1 / linear_of(subject.block, name).bias
-        known = capture(CurrentBlock(subject.block, 0, subject.inputs), [name])[name]
+        known = capture(CurrentBlock(subject.block, 0, subject.inputs, Scratch()), [name])[name]
         gram = known.gram * scale[:, None] * scale
         signal = output_error(weight, gram).sum()
-        plain = channel_errors(weight - dequantize(subject.plain[name]), gram)
-        written = channel_errors(weight - rows[:, None] * dequantize(outcome.packed[name]) / scale, gram)
+        plain = channel_errors([weight - dequantize(subject.plain[name])], gram)
+        written = channel_errors([weight - rows[:, None] * dequantize(outcome.packed[name]) / scale], gram)
     # 1 % of 64 channels is one
     most = int((known.mean_magnitude * scale).argmax())
     layer = next(layer for layer in outcome.layers if layer.name == f"{NAME}.{name}")
@@ -203,10 +215,11 @@ def test_a_block_takes_back_what_the_stream_has_drifted(name: str, tmp_path: Pat
         plan = BlockPlan(groups, Grouping(bits=8, group_size=32), STEPS[Method.AWQ_GPTQ])
         tokens = torch.randint(256, (16, 32), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            inputs = embed(stack, tokens)
+            inputs = list(embed(stack, tokens))
             if corrected:
                 plan = BlockStructures().complete(plan, block, 0, inputs[0])
-            outcome = search_block(block, block_name, 0, Streams(inputs, drifted(inputs)), plan)
+            opened = OpenBlock(block, block_name, 0, restoring(block))
+            outcome = search_block(opened, Streams(inputs, drifted(inputs)), plan, Scratch())
         pairs = zip(outcome.next_streams.original, outcome.next_streams.current, strict=True)
         errors[corrected] = sum(float((x.hidden - y.hidden).square().sum()) for x, y in pairs)
 

@@ -39,7 +39,7 @@ def test_blocks_are_tried_once_for_each_way_to_build_them(
     monkeypatch.setattr(block_structure, "find_stream_writers", counted)
     structures = BlockStructures()
     with torch.no_grad():
-        chunk = embed(stack, TOKENS)[0]
+        chunk = next(embed(stack, TOKENS))
         for index, block in enumerate(blocks):
             groups = groups_of(block, rows_of("granite"), model.config)
             plan = BlockPlan(groups, Grouping(4, 32), STEPS[Method.AWQ_GPTQ])
@@ -57,4 +57,4 @@ def test_where_no_weight_is_corrected_nothing_is_asked_about_the_stream(tmp_path
     block = next(iter(stack.blocks.values()))
     plan = BlockPlan(groups_of(block, rows_of("llama"), model.config), Grouping(4, 32), STEPS[Method.AWQ])
     with torch.no_grad():
-        assert not BlockStructures().complete(plan, block, 0, embed(stack, TOKENS)[0]).writers
+        assert not BlockStructures().complete(plan, block, 0, next(embed(stack, TOKENS))).writers

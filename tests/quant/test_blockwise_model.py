@@ -24,7 +24,7 @@ def test_the_blocks_and_what_is_around_them_give_the_logits_of_the_whole_model(v
     with torch.no_grad():
         expected = open_tiny(variant, tmp_path)(TOKENS).logits
         _, model = open_streamed(tmp_path, ignore_notice)
-        ((chunk,),) = model.embed([TOKENS])
+        (chunk,) = model.embed(TOKENS)
         for index in range(2):
             chunk = run_block(model.load_block(index), index, chunk)
         logits = model.run_outer(TOKENS, chunk.hidden)
@@ -35,7 +35,7 @@ def test_no_weight_stays_behind(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path)
     source, model = open_streamed(tmp_path, ignore_notice)
     with torch.no_grad():
-        ((chunk,),) = model.embed([TOKENS])
+        (chunk,) = model.embed(TOKENS)
         model.run_outer(TOKENS, run_block(model.load_block(0), 0, chunk).hidden)
     assert all(parameter.is_meta for parameter in source.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in source.model.modules())
@@ -47,7 +47,7 @@ def test_the_states_that_enter_the_blocks_are_bit_for_bit_those_of_the_whole_mod
     whole = open_tiny(VARIANTS[0], tmp_path)
     _, model = open_streamed(tmp_path, ignore_notice)
     with torch.no_grad():
-        (expected,), ((chunk,),) = embed(find_blocks(whole), TOKENS), model.embed([TOKENS])
+        (expected,), (chunk,) = embed(find_blocks(whole), TOKENS), model.embed(TOKENS)
     assert torch.equal(chunk.hidden, expected.hidden)
 
 

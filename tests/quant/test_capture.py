@@ -36,7 +36,7 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(
     with torch.no_grad():
         model(TOKENS)
         expected = states[0][0] if isinstance(states[0], tuple) else states[0]
-        inputs = embed(stack, TOKENS)
+        inputs = list(embed(stack, TOKENS))
         assert [len(chunk.hidden) for chunk in inputs] == [1, 2, 2]
         for index, block in enumerate(stack.blocks.values()):
             inputs = [run_block(block, index, chunk) for chunk in inputs]
@@ -44,14 +44,21 @@ def test_blocks_run_one_by_one_give_what_the_whole_model_gives(
 
 
 @pytest.mark.parametrize(
-    ("num_sequences", "num_tokens", "sizes"),
-    [(1, 2048, [1]), (4, 256, [2, 2]), (32, 512, [1, 4, 4, 4, 4, 4, 4, 4, 3]), (3, 4096, [1, 1, 1])],
+    ("num_sequences", "num_tokens", "width", "sizes"),
+    [
+        (1, 2048, 64, [1]),
+        (4, 256, 64, [2, 2]),
+        (32, 512, 1024, [1, 4, 4, 4, 4, 4, 4, 4, 3]),
+        (3, 4096, 64, [1, 1, 1]),
+        # 8 MiB of float32
+        (9, 128, 8192, [4, 2, 2, 1]),
+    ],
 )
 def test_sequences_are_split_into_a_small_sample_and_chunks_that_fill_the_cores(
-    num_sequences: int, num_tokens: int, sizes: list[int]
+    num_sequences: int, num_tokens: int, width: int, sizes: list[int]
 ) -> None:
     token_ids = torch.arange(num_sequences * num_tokens).view(num_sequences, num_tokens)
-    chunks = split_sequences(token_ids)
+    chunks = split_sequences(token_ids, width)
     assert [len(chunk) for chunk in chunks] == sizes
     assert torch.equal(torch.cat(chunks), token_ids)
 
@@ -61,7 +68,7 @@ def test_modules_are_observed_without_leaving_a_hook_or_running_on(tmp_path: Pat
     block = model.get_submodule("model.layers.0")
     ran: list[str] = []
     with torch.no_grad():
-        chunk = embed(find_blocks(model), TOKENS[:1])[0]
+        chunk = next(embed(find_blocks(model), TOKENS[:1]))
         block.get_submodule("mlp").register_forward_hook(lambda *_: ran.append("mlp"))
         seen = observe(block, 0, chunk, ["self_attn.o_proj"], ["self_attn.o_proj"])
     projected = block.get_submodule("self_attn.o_proj")(seen.inputs["self_attn.o_proj"])
@@ -89,4 +96,4 @@ def test_a_decoder_that_changes_states_between_blocks_is_refused(tmp_path: Path)
             return hidden
 
     with torch.no_grad(), pytest.raises(SourceError, match="Doubling changes the states between its blocks"):
-        embed(replace(stack, decoder=Doubling()), TOKENS)
+        list(embed(replace(stack, decoder=Doubling()), TOKENS))

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from quant.correction import Moments, SplitMoments, correct
+from quant.correction import SplitMoments, TargetSums, correct_
+from quant.gram_sums import SplitGramSum
 
 NUM_FEATURES, NUM_OUTPUTS = 24, 8
 NAME = "linear"
@@ -16,19 +17,23 @@ def noise(*shape: int, seed: int) -> Tensor:
 def split_moments(original: Tensor, current: Tensor, target: Tensor | None = None) -> SplitMoments:
     """target: what the linear called NAME should give, where it adds to the stream."""
     half = len(original) // 2
-    fit, held_out = (
-        Moments(
-            gram=current[tokens].T @ current[tokens],
+    grams = SplitGramSum(current.shape[1])
+    grams.add_fit(current[:half], current[:half])
+    grams.add_held_out(current[half:], current[half:])
+    whole, held_out = (
+        TargetSums(
             cross=original[tokens].T @ current[tokens],
             targets={} if target is None else {NAME: target[tokens].T @ current[tokens]},
         )
-        for tokens in (slice(half), slice(half, None))
+        for tokens in (slice(None), slice(half, None))
     )
-    return SplitMoments(fit, held_out)
+    return SplitMoments(grams, whole, held_out)
 
 
-def corrected_of(weight: Tensor, moments: SplitMoments) -> Tensor:
-    return correct({NAME: weight}, moments)[NAME]
+def corrected_of(weight: Tensor, moments: SplitMoments, name: str = NAME) -> Tensor:
+    corrected = weight.clone()
+    correct_({name: corrected}, moments)
+    return corrected
 
 
 def test_a_linear_change_of_the_inputs_is_taken_back() -> None:
@@ -88,21 +93,32 @@ def test_linears_that_read_one_input_are_corrected_as_each_would_be_alone() -> N
     current = original + 0.3 * noise(400, NUM_FEATURES, seed=1)
     drift = current @ noise(NUM_FEATURES, NUM_OUTPUTS, seed=2)
     weights = {NAME: noise(NUM_OUTPUTS, NUM_FEATURES, seed=3), "wide": 100 * noise(600, NUM_FEATURES, seed=4)}
-    moments = split_moments(original, current, original @ weights[NAME].T + drift)
+    target = original @ weights[NAME].T + drift
+    together = {name: weight.clone() for name, weight in weights.items()}
 
-    together = correct(weights, moments)
+    correct_(together, split_moments(original, current, target))
 
     for name, weight in weights.items():
-        torch.testing.assert_close(together[name], correct({name: weight}, moments)[name])
+        alone = corrected_of(weight, split_moments(original, current, target), name)
+        assert not torch.equal(alone, weight)
+        torch.testing.assert_close(together[name], alone)
+
+
+def test_all_tokens_are_summed_up_for_whoever_rounds_afterwards() -> None:
+    inputs = noise(100, NUM_FEATURES, seed=0)
+    gram = correct_({NAME: noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)}, split_moments(inputs, inputs))
+    torch.testing.assert_close(gram, inputs.T @ inputs)
 
 
 def test_sums_too_rough_to_be_solved_leave_the_weight_alone() -> None:
     # given products that were rounded before they were summed, so that the gram is no longer positive definite
     inputs = noise(40, NUM_FEATURES, seed=0)
     rough = 1000 * (torch.ones(NUM_FEATURES, NUM_FEATURES) - torch.eye(NUM_FEATURES))
-    moments = Moments(gram=inputs.T @ inputs + rough, cross=inputs.T @ inputs, targets={})
+    moments = split_moments(torch.cat([inputs, inputs]), torch.cat([inputs, inputs]))
+    moments.grams.add_fit(rough, torch.eye(NUM_FEATURES))
+    moments.grams.add_held_out(rough, torch.eye(NUM_FEATURES))
     weight = noise(NUM_OUTPUTS, NUM_FEATURES, seed=2)
 
-    corrected = corrected_of(weight, SplitMoments(moments, moments))
+    corrected = corrected_of(weight, moments)
 
     assert torch.equal(corrected, weight)

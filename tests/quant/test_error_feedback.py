@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quant.error_feedback import DAMPING, SHRINKAGE, round_with_feedback
+from quant.error_feedback import DAMPING, SHRINKAGE, FeedbackFactor, round_with_feedback
 from quant.rounding import GroupGrid, full_range, grid_of, round_onto
 from quant.scale_search import output_error
 
@@ -49,7 +49,7 @@ def test_it_is_optimal_brain_quantization_column_by_column() -> None:
     # of Ledoit and Wolf's estimator: a mean of the gram and its diagonal
     shrunk = (1 - SHRINKAGE) * gram + SHRINKAGE * torch.diag(gram.diagonal())
     expected = optimal_brain_quantization(weight, shrunk, grid)
-    rounded = round_with_feedback(weight, gram, grid, BITS)
+    rounded = round_with_feedback(weight, FeedbackFactor.of(gram), grid, BITS)
     # a value in the middle of two codes may go to either in float32
     assert (rounded == expected).float().mean() > 0.98
 
@@ -57,7 +57,7 @@ def test_it_is_optimal_brain_quantization_column_by_column() -> None:
 def test_every_value_is_on_its_groups_grid() -> None:
     weight = noise(8, 128, seed=0)
     grid = grid_for(weight)
-    rounded = round_with_feedback(weight, gram_of(128), grid, BITS)
+    rounded = round_with_feedback(weight, FeedbackFactor.of(gram_of(128)), grid, BITS)
     assert torch.equal(round_onto(rounded, grid, BITS), rounded)
 
 
@@ -65,7 +65,7 @@ def test_correlated_inputs_lose_less_than_by_rounding_to_nearest() -> None:
     weight, gram = noise(32, 128, seed=0), gram_of(128)
     grid = grid_for(weight)
     nearest = output_error(weight - round_onto(weight, grid, BITS), gram).sum()
-    feedback = output_error(weight - round_with_feedback(weight, gram, grid, BITS), gram).sum()
+    feedback = output_error(weight - round_with_feedback(weight, FeedbackFactor.of(gram), grid, BITS), gram).sum()
     assert feedback < 0.5 * nearest
 
 
@@ -78,7 +78,7 @@ def test_inputs_that_correlate_otherwise_lose_less_than_where_the_gram_is_believ
     shrunk, believed = (
         output_error(weight - rounded, other.T @ other / len(other)).sum()
         for rounded in (
-            round_with_feedback(weight, gram, grid, BITS),
+            round_with_feedback(weight, FeedbackFactor.of(gram), grid, BITS),
             optimal_brain_quantization(weight, gram, grid),
         )
     )
@@ -88,7 +88,9 @@ def test_inputs_that_correlate_otherwise_lose_less_than_where_the_gram_is_believ
 def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     weight = noise(8, 96, seed=0)
     grid = grid_for(weight)
-    assert torch.equal(round_with_feedback(weight, torch.eye(96), grid, BITS), round_onto(weight, grid, BITS))
+    assert torch.equal(
+        round_with_feedback(weight, FeedbackFactor.of(torch.eye(96)), grid, BITS), round_onto(weight, grid, BITS)
+    )
 
 
 def test_a_singular_gram_is_damped() -> None:
@@ -98,5 +100,5 @@ def test_a_singular_gram_is_damped() -> None:
     weight = noise(8, 64, seed=1)
     grid = grid_for(weight)
     for gram in (inputs.T @ inputs, torch.zeros(64, 64)):
-        rounded = round_with_feedback(weight, gram, grid, BITS)
+        rounded = round_with_feedback(weight, FeedbackFactor.of(gram), grid, BITS)
         assert torch.equal(round_onto(rounded, grid, BITS), rounded)

@@ -1,6 +1,5 @@
 """What is summed up of the linears' inputs: in one model, and in the quantized one beside the original."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from quant import input_statistics
 from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
 from quant.capture import BlockInput, embed, run_block
 from quant.input_statistics import StatisticsSum, capture, capture_pair, relative_weights
+from quant.kept_tensors import Scratch
 from quant.model_structure import find_blocks
 from quant.residual import StreamWriter
 from tests.quant.fast_close import assert_close_for_fast_products
@@ -23,8 +23,8 @@ def test_statistics_are_those_of_all_tokens_that_the_linear_reads(tmp_path: Path
     model = open_tiny(VARIANTS[0], tmp_path)
     block = model.get_submodule("model.layers.0")
     with torch.no_grad():
-        inputs = embed(find_blocks(model), TOKENS)
-        captured = capture(CurrentBlock(block, 0, inputs), ["self_attn.q_proj"])
+        inputs = list(embed(find_blocks(model), TOKENS))
+        captured = capture(CurrentBlock(block, 0, inputs, Scratch()), ["self_attn.q_proj"])
         read = block.get_submodule("input_layernorm")(torch.cat([chunk.hidden for chunk in inputs])).reshape(-1, 64)
     statistics = captured["self_attn.q_proj"]
     assert_close_for_fast_products(statistics.gram, read.T @ read / len(read))
@@ -38,11 +38,13 @@ def test_experts_that_few_tokens_reach_are_shown_all(tmp_path: Path) -> None:
     read: list[Tensor] = []
     block.get_submodule("mlp.gate").register_forward_pre_hook(lambda _module, arguments: read.append(arguments[0]))
     with torch.no_grad():
-        inputs = embed(find_blocks(model), TOKENS)
+        inputs = list(embed(find_blocks(model), TOKENS))
         run_block(block, 0, inputs[0])
         block.get_submodule("mlp.gate").get_parameter("weight")[3] = -100 * read[0].mean(dim=0)
         read.clear()
-        captured = capture(CurrentBlock(block, 0, inputs), ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"])
+        captured = capture(
+            CurrentBlock(block, 0, inputs, Scratch()), ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"]
+        )
         expert = block.get_submodule("mlp.experts.3")
         states = torch.cat(read[: len(inputs)])
         activations = torch.nn.functional.silu(expert.gate_proj(states)) * expert.up_proj(states)
@@ -59,11 +61,11 @@ def test_an_expert_that_many_tokens_reach_is_known_by_them_alone(
     block = find_blocks(model).blocks["model.layers.0"]
     read: list[Tensor] = []
     with torch.no_grad():
-        inputs = embed(find_blocks(model), TOKENS)
+        inputs = list(embed(find_blocks(model), TOKENS))
         block.get_submodule("mlp.experts.0.down_proj").register_forward_pre_hook(
             lambda _module, arguments: read.append(arguments[0])
         )
-        captured = capture(CurrentBlock(block, 0, inputs), ["mlp.experts.0.down_proj"])
+        captured = capture(CurrentBlock(block, 0, inputs, Scratch()), ["mlp.experts.0.down_proj"])
     own = torch.cat(read)
     assert 2 <= len(own) < TOKENS.numel()
     assert_close_for_fast_products(captured["mlp.experts.0.down_proj"].gram, own.T @ own / len(own))
@@ -84,13 +86,14 @@ def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: P
     model = open_tiny(VARIANTS[0], tmp_path)
     block = model.get_submodule("model.layers.0")
     with torch.no_grad():
-        original = embed(find_blocks(model), TOKENS)
+        original = list(embed(find_blocks(model), TOKENS))
         noise = torch.Generator().manual_seed(0)
         current = [
             BlockInput(chunk.hidden + 0.1 * torch.randn(chunk.hidden.shape, generator=noise), chunk.contexts)
             for chunk in original
         ]
-        pair = BlockPair(OriginalBlock(copy.deepcopy(block), 0, original), CurrentBlock(block, 0, current))
+        seen = OriginalBlock.run(block, 0, original, ["post_attention_layernorm"], [], Scratch())
+        pair = BlockPair(seen, CurrentBlock(block, 0, current, Scratch()))
         even = [torch.ones(chunk.hidden[..., 0].numel()) for chunk in original]
         reads: dict[str, list[Tensor]] = {"original": [], "current": []}
         for side, chunks in (("original", original), ("current", current)):
@@ -111,15 +114,14 @@ def test_a_drift_is_what_a_linear_has_to_add_to_put_the_stream_right(tmp_path: P
 
     # then attention's output is to be the original's and the drift of the block's input, over all tokens together
     x, y = torch.cat(reads["original"]), torch.cat(reads["current"])
-    assert_close_for_fast_products(statistics.inputs["self_attn.o_proj"].gram, y.T @ y / len(y))
-    split = statistics.moments["self_attn.o_proj"]
-    moments = split.fit + split.held_out
-    assert_close_for_fast_products(moments.gram, y.T @ y)
+    assert_close_for_fast_products(statistics.inputs()["self_attn.o_proj"].gram, y.T @ y / len(y))
+    moments = statistics.paired["self_attn.o_proj"].moments
     weight = block.get_submodule("self_attn.o_proj").get_parameter("weight").detach()
     wanted = x @ weight.T + rows(original) - rows(current)
-    assert_close_for_fast_products(moments.targets["self_attn.o_proj"], wanted.T @ y)
+    assert_close_for_fast_products(moments.whole.targets["self_attn.o_proj"], wanted.T @ y)
     # and a quarter of them is held out
-    assert float(split.held_out.gram.trace() / moments.gram.trace()) == pytest.approx(0.25, abs=0.05)
+    held_out = moments.grams.held_out_product(torch.eye(y.shape[1]))
+    assert float(held_out.trace() / moments.grams.merge().trace()) == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_token_counts_by_its_share_of_the_stream() -> None:

@@ -25,7 +25,7 @@ def writers_of(name: str, directory: Path) -> dict[str, StreamWriter]:
     block = next(iter(stack.blocks.values()))
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     with torch.no_grad():
-        found = find_stream_writers(block, 0, embed(stack, TOKENS)[0], linears)
+        found = find_stream_writers(block, 0, next(embed(stack, TOKENS)), linears)
     return {name: StreamWriter(writer.reader, round(writer.multiplier, 3)) for name, writer in found.items()}
 
 
@@ -71,6 +71,6 @@ def test_trying_changes_nothing(tmp_path: Path) -> None:
     block = next(iter(stack.blocks.values()))
     with torch.no_grad():
         before = model(TOKENS).logits
-        find_stream_writers(block, 0, embed(stack, TOKENS)[0], ["mlp.down_proj"])
+        find_stream_writers(block, 0, next(embed(stack, TOKENS)), ["mlp.down_proj"])
         assert torch.equal(model(TOKENS).logits, before)
     assert not linear_of(block, "mlp.down_proj")._forward_hooks

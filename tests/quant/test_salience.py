@@ -17,7 +17,7 @@ def random_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_parts_of_the_channels_add_up_to_the_output_error() -> None:
     difference, inputs, gram = random_case()
 
-    parts = channel_errors(difference, gram)
+    parts = channel_errors([difference], gram)
 
     outputs = inputs @ difference.T
     assert float(parts.sum()) == pytest.approx(float(outputs.square().sum()) / len(inputs), rel=1e-5)
@@ -29,16 +29,16 @@ def test_of_inputs_that_are_independent_each_channel_carries_its_own_error() -> 
     difference = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
     gram = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
 
-    assert channel_errors(difference, gram).tolist() == [1 + 4, 4 * 9]
+    assert channel_errors([difference], gram).tolist() == [1 + 4, 4 * 9]
 
 
 def test_a_folded_scale_changes_no_channels_part() -> None:
     difference, _, gram = random_case()
     scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
 
-    folded = channel_errors(difference * scale, gram / (scale[:, None] * scale[None, :]))
+    folded = channel_errors([difference * scale], gram / (scale[:, None] * scale[None, :]))
 
-    assert torch.allclose(folded, channel_errors(difference, gram), rtol=1e-5)
+    assert torch.allclose(folded, channel_errors([difference], gram), rtol=1e-5)
 
 
 def test_channels_are_picked_by_magnitude_and_beside_that_by_the_norm_of_their_weights() -> None:
@@ -69,7 +69,7 @@ def test_a_small_linear_has_one_salient_channel() -> None:
 def test_a_linear_that_loses_nothing_has_no_error_to_share() -> None:
     weight = torch.ones(2, 3)
 
-    channels = describe_channels(weight, weight, torch.eye(3), torch.ones(3))
+    channels = describe_channels(weight, [weight - weight], torch.eye(3), torch.ones(3))
 
     assert measure_salience(channels, torch.zeros(3)).by_magnitude == ChannelErrors(0.0, 0.0)
 
@@ -77,7 +77,7 @@ def test_a_linear_that_loses_nothing_has_no_error_to_share() -> None:
 def test_what_is_known_of_a_linear_comes_from_its_weights_and_its_input() -> None:
     weight, plain = torch.tensor([[3.0, 1.0], [4.0, 0.0]]), torch.tensor([[2.0, 1.0], [4.0, 0.0]])
 
-    channels = describe_channels(weight, plain, 2 * torch.eye(2), torch.tensor([0.5, 1.5]))
+    channels = describe_channels(weight, [weight - plain], 2 * torch.eye(2), torch.tensor([0.5, 1.5]))
 
     assert channels.mean_magnitude.tolist() == [0.5, 1.5]
     assert channels.weight_norm.tolist() == [5.0, 1.0]

@@ -71,7 +71,7 @@ def test_the_loss_is_the_change_of_the_blocks_output_as_a_share_of_it(tmp_path: 
     # the same by hand: the down projection adds its output to the states
     block = model.load_block(0)
     with torch.no_grad():
-        ((chunk,),) = model.embed([TOKENS])
+        (chunk,) = model.embed(TOKENS)
         before = run_block(block, 0, chunk).hidden
         weight = linear_of(block, "mlp.down_proj").weight
         weight.copy_(round_plainly(weight, 32, 4))

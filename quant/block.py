@@ -15,6 +15,7 @@ from quant.correction import correct_
 from quant.error_feedback import FeedbackFactor, round_with_feedback
 from quant.errors import QuantizationError
 from quant.input_statistics import InputStatistics, PairStatistics
+from quant.machine_memory import give_back_freed
 from quant.method import MethodSteps
 from quant.residual import StreamWriter
 from quant.rounding import codes_of, full_range, grid_of, round_onto, round_plainly
@@ -154,6 +155,7 @@ def round_folded(
         # in the outputs' own size, as the signal is: a scale folded into the linear's rows had divided them
         divisors = [_row_divisors(*pair) for pair in zip(choice.row_norms, weights.values(), strict=True)]
         gram = _correct(weights, statistics, group.observed).div_(scale[:, None]).div_(scale)
+        give_back_freed()
         for weight in weights.values():
             weight.mul_(scale)
         grouping = plan.grouping_of(group.linears[0])

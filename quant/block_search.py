@@ -1,6 +1,6 @@
 """One block and its calibration inputs: stage by stage capture, search, fold, correct and round; keep the better."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +56,24 @@ class BlockOutcome:
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block with the source's weights, of that name and index in the model; restore: gives it them again."""
+    """A block with the source's weights, of that name and index in the model.
+
+    read_again: gives parameters of these names the source's values, in place.
+    """
 
     module: nn.Module
     name: str
     index: int
-    restore: Callable[[], None]
+    read_again: Callable[[Collection[str]], None]
+
+    def restore(self, names: Collection[str], plan: BlockPlan) -> None:
+        """Give parameters of these names the source's values again, or those that will be stored of them."""
+        self.read_again(names)
+        round_plain_parameters(self.module, self.name, plan)
+
+    def restore_all(self, plan: BlockPlan) -> None:
+        """Give all parameters the source's values again, or those that will be stored of them."""
+        self.restore([name for name, _ in self.module.named_parameters()], plan)
 
 
 def search_block(opened: OpenBlock, streams: Streams, plan: BlockPlan, scratch: Scratch) -> BlockOutcome:
@@ -85,7 +97,7 @@ def search_block(opened: OpenBlock, streams: Streams, plan: BlockPlan, scratch: 
         _check_inputs(name, capture(current, in_order))
         check_finite(f"the output of {name}", torch.cat(token_weights))
     plain_error = _change(_try_plainly(opened, plan, streams.current[0]), target, before)
-    results, channels = _search_stages(name, BlockPair(original, current), plan, token_weights)
+    results, channels = _search_stages(opened, BlockPair(original, current), plan, token_weights)
     with fast_products():
         reached = KeptChunks(scratch, (current.run(number) for number in range(len(streams.current))))
     chosen_error = _change(reached[0].hidden, target, before)
@@ -93,8 +105,7 @@ def search_block(opened: OpenBlock, streams: Streams, plan: BlockPlan, scratch: 
         kept, packed = "searched", {linear: result.packed for linear, result in results.items()}
         layers = _searched_losses(name, results, channels)
     else:
-        opened.restore()
-        round_plain_parameters(block, name, plan)
+        opened.restore_all(plan)
         kept, packed = "plain", round_block_plainly(block, plan)
         with fast_products():
             reached = KeptChunks(scratch, (run_block(block, opened.index, chunk) for chunk in streams.current))
@@ -115,18 +126,17 @@ def _try_plainly(opened: OpenBlock, plan: BlockPlan, chunk: BlockInput) -> Tenso
     round_block_plainly(opened.module, plan)
     with fast_products():
         output = run_block(opened.module, opened.index, chunk).hidden
-    opened.restore()
-    round_plain_parameters(opened.module, opened.name, plan)
+    opened.restore_all(plan)
     return output
 
 
 def _search_stages(
-    name: str, pair: BlockPair, plan: BlockPlan, token_weights: Sequence[Tensor]
+    opened: OpenBlock, pair: BlockPair, plan: BlockPlan, token_weights: Sequence[Tensor]
 ) -> tuple[dict[str, LayerResult], dict[str, LinearChannels]]:
-    """Quantize the linears of the block of that name stage by stage, in place; and how each was before, by name."""
+    """Quantize the linears of the block stage by stage, in place; and how each was before, by name."""
     results: dict[str, LayerResult] = {}
     channels: dict[str, LinearChannels] = {}
-    block = pair.current.block
+    block, name = opened.module, opened.name
     stages = stages_of(block, plan.groups)
     for place, stage in enumerate(stages):
         pair.current.settle(settled_children(plan.order, (), stages[place:]))
@@ -136,7 +146,7 @@ def _search_stages(
         inputs = statistics.inputs()
         _check_inputs(name, inputs)
         channels |= describe_linears(block, stage, plan, inputs)
-        folded = _fold(pair.current, stage, plan, inputs)
+        folded = _fold(opened, pair.current, stage, plan, inputs)
         del inputs
         # what is yet to be rounded is to see what will be stored
         round_plain_parameters(block, name, plan)
@@ -157,7 +167,8 @@ def _search_stages(
 def _check_inputs(name: str, inputs: Mapping[str, InputStatistics]) -> None:
     """Raises QuantizationError naming the first module of the block of that name that reads a NaN or an infinity."""
     for observed, statistics in inputs.items():
-        check_finite(f"the input of {name}.{observed}", statistics.gram)
+        # what is not finite in a token is not finite in its own square
+        check_finite(f"the input of {name}.{observed}", statistics.gram.diagonal())
 
 
 def _searched_losses(
@@ -265,23 +276,29 @@ def _capture(
 
 
 def _fold(
-    current: CurrentBlock, stage: Sequence[ScaleGroup], plan: BlockPlan, inputs: Mapping[str, InputStatistics]
+    opened: OpenBlock,
+    current: CurrentBlock,
+    stage: Sequence[ScaleGroup],
+    plan: BlockPlan,
+    inputs: Mapping[str, InputStatistics],
 ) -> dict[str, FoldedGroup]:
-    """Search and fold the scales of a stage; all are left at 1 where folding changes what the block computes."""
-    block = current.block
+    """Search and fold the scales of a stage; all are left at 1 where folding changes what the block computes.
+
+    Nothing that it touches has been changed before.
+    """
+    block = opened.module
     choices = choose_scales(block, stage, plan, inputs)
     if not plan.steps.scales:
         return keep_scales(block, stage, choices)
-    touched = {name for group in stage for name in (*group.linears, *group.kept)}
-    touched |= {group.source.name for group in stage if group.source is not None}
-    before = {name: tensor.clone() for name, tensor in block.state_dict().items() if name.rpartition(".")[0] in touched}
     with fast_products():
         expected = current.run(0).hidden
         folded = fold_scales(block, stage, choices)
         reached = current.run(0).hidden
     if _change(reached, expected, current.chunks[0].hidden) < MAX_FOLD_ERROR:
         return folded
-    block.load_state_dict(before, strict=False)
+    touched = {name for group in stage for name in (*group.linears, *group.kept)}
+    touched |= {group.source.name for group in stage if group.source is not None}
+    opened.restore([name for name, _ in block.named_parameters() if name.rpartition(".")[0] in touched], plan)
     return keep_scales(block, stage, choices)
 
 

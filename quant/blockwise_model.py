@@ -1,7 +1,7 @@
 """A model of which only what runs is in memory: a block at a time, and a module at a time outside of the blocks."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,12 +40,13 @@ class BlockwiseModel:
         """The model with all its weights in that dtype, as one of its own."""
         return materialise(self.model, "", self.weights, dtype)
 
-    def restore_block(self, block: nn.Module, index: int) -> None:
-        """Give what load_block gave for that index its weights again, in place."""
-        name = list(self.stack.blocks)[index]
+    def restore_block(self, block: nn.Module, index: int, names: Collection[str]) -> None:
+        """Give these parameters of what load_block gave for that index the source's values again, in place."""
+        block_name = list(self.stack.blocks)[index]
         with torch.no_grad():
-            for own, parameter in block.named_parameters():
-                parameter.copy_(self.weights.read(f"{name}.{own}", parameter.dtype))
+            for name in names:
+                parameter = block.get_parameter(name)
+                parameter.copy_(self.weights.read(f"{block_name}.{name}", parameter.dtype))
 
     def embed(self, token_ids: Tensor) -> Iterator[BlockInput]:
         """The inputs of the first block (capture.embed) for token ids int64 [sequences, T], chunk by chunk."""

@@ -73,7 +73,7 @@ def search_head(weight: Tensor, plan: HeadPlan, steps: MethodSteps, gram: Tensor
 
     Raises QuantizationError when what it reads is not finite.
     """
-    check_finite(f"the input of {plan.name}", gram)
+    check_finite(f"the input of {plan.name}", gram.diagonal())
     signal = total_error(row_spans(weight), gram)
     (codes,) = find_codes([weight], gram, steps, plan.grouping)
     packed = pack_codes(plan.name, codes)

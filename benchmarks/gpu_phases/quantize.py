@@ -1,7 +1,7 @@
 """Phase 6: how long a block of a 7B model takes to quantize on the device, by each method."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -30,10 +30,10 @@ def plan(bench: Bench) -> Sequence[Item]:
     return [Item(f"one block by {method}", partial(_quantize, bench, method)) for method in METHODS]
 
 
-def _restore(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _copy_again(block: nn.Module, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
     with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            parameter.copy_(weights[name])
+        for name in names:
+            block.get_parameter(name).copy_(weights[name])
 
 
 def _quantize(bench: Bench, method: Method) -> Iterator[Figure]:
@@ -49,7 +49,7 @@ def _quantize(bench: Bench, method: Method) -> Iterator[Figure]:
         tokens = torch.randint(shape.vocab_size, (num_rows, row_tokens))
         inputs = list(embed(stack, tokens))
         weights = {own: parameter.detach().clone() for own, parameter in block.named_parameters()}
-        opened = OpenBlock(block, name, 0, partial(_restore, block, weights))
+        opened = OpenBlock(block, name, 0, partial(_copy_again, block, weights))
         bench.stopwatch.wait()
         started = time.perf_counter()
         plan = BlockPlan(groups, Grouping(4, group_size), STEPS[method])

@@ -1,7 +1,7 @@
 """One block: what is written is what the next block reads, and plain rounding stands in for a search that failed."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,14 +36,15 @@ from tests.tiny_models import save_tiny_model
 NAME = "model.layers.0"
 
 
-def restoring(block: nn.Module) -> Callable[[], None]:
-    """What gives the block the weights that it has now."""
-    weights = copy.deepcopy(block.state_dict())
+def reading_again(block: nn.Module) -> Callable[[Collection[str]], None]:
+    """What gives parameters of the block the values that they have now."""
+    values = copy.deepcopy(dict(block.named_parameters()))
 
-    def restore() -> None:
-        block.load_state_dict(weights)
+    def read_again(names: Collection[str]) -> None:
+        for name in names:
+            block.get_parameter(name).copy_(values[name])
 
-    return restore
+    return read_again
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Subject:
 
     def search(self) -> BlockOutcome:
         with torch.no_grad():
-            opened = OpenBlock(self.block, NAME, 0, restoring(self.block))
+            opened = OpenBlock(self.block, NAME, 0, reading_again(self.block))
             return search_block(opened, Streams(self.inputs, self.inputs), self.plan, Scratch())
 
 
@@ -218,7 +219,7 @@ def test_a_block_takes_back_what_the_stream_has_drifted(name: str, tmp_path: Pat
             inputs = list(embed(stack, tokens))
             if corrected:
                 plan = BlockStructures().complete(plan, block, 0, inputs[0])
-            opened = OpenBlock(block, block_name, 0, restoring(block))
+            opened = OpenBlock(block, block_name, 0, reading_again(block))
             outcome = search_block(opened, Streams(inputs, drifted(inputs)), plan, Scratch())
         pairs = zip(outcome.next_streams.original, outcome.next_streams.current, strict=True)
         errors[corrected] = sum(float((x.hidden - y.hidden).square().sum()) for x, y in pairs)

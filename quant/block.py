@@ -10,6 +10,7 @@ from kernels.layout import GroupCodes, PackedWeight, pack, unpack
 from kernels.reference import dequantize
 from quant.block_groups import ScaleGroup
 from quant.capture import Child
+from quant.checkpoint.folded_scales import ModuleScales
 from quant.clip_search import search_range
 from quant.correction import correct_
 from quant.error_feedback import FeedbackFactor, round_with_feedback
@@ -63,10 +64,14 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class FoldedGroup:
-    """What the search chose for a group, and the scale that now multiplies its linears, float32 [K]."""
+    """What the search chose for a group, and the scale that now multiplies its linears, float32 [K].
+
+    divisor: of the group's source, where that is a linear: what its rows have been divided by, float32 [N].
+    """
 
     choice: ScaleChoice
     scale: Tensor
+    divisor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ def fold_scales(
     folded = {}
     for group in reversed(groups):
         choice = choices[group.observed]
-        folded[group.observed] = FoldedGroup(choice, fold(block, group, choice.candidate.scale))
+        applied = fold(block, group, choice.candidate.scale)
+        folded[group.observed] = FoldedGroup(choice, applied.scale, applied.divisor)
     return folded
 
 
@@ -135,6 +141,18 @@ def keep_scales(
         identity = replace(choices[group.observed], candidate=ScaleCandidate(IDENTITY, ones))
         folded[group.observed] = FoldedGroup(identity, ones)
     return folded
+
+
+def folded_scales(groups: Sequence[ScaleGroup], folded: Mapping[str, FoldedGroup]) -> dict[str, ModuleScales]:
+    """What folding the groups has done to the linears that it has changed, by their names in the block."""
+    inputs, divisors = {}, {}
+    for group in groups:
+        own = folded[group.observed]
+        if bool((own.scale != 1).any()):
+            inputs |= dict.fromkeys(group.linears, own.scale)
+        if group.source is not None and own.divisor is not None and bool((own.divisor != 1).any()):
+            divisors[group.source.name] = own.divisor
+    return {name: ModuleScales(inputs.get(name), divisors.get(name)) for name in {**inputs, **divisors}}
 
 
 def round_folded(

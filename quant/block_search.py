@@ -15,6 +15,7 @@ from quant.block import (
     choose_scales,
     describe_linears,
     fold_scales,
+    folded_scales,
     keep_scales,
     round_block_plainly,
     round_folded,
@@ -23,6 +24,7 @@ from quant.block import (
 from quant.block_groups import ScaleGroup
 from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
 from quant.capture import BlockInput, Child, ClosedChild, run_block
+from quant.checkpoint.folded_scales import ModuleScales
 from quant.fast_products import fast_products
 from quant.input_statistics import (
     InputStatistics,
@@ -46,9 +48,13 @@ MAX_FOLD_ERROR = 1e-3
 
 @dataclass(frozen=True)
 class BlockOutcome:
-    """A quantized block: packed weights by linear name, the next block's inputs, and the numbers for the report."""
+    """A quantized block: packed weights by linear name, the next block's inputs, and the numbers for the report.
+
+    scales: what is folded into the block, by linear name; of no expert, as none takes an adapter.
+    """
 
     packed: Mapping[str, PackedWeight]
+    scales: Mapping[str, ModuleScales]
     next_streams: Streams
     layers: tuple[LayerLoss, ...]
     error: BlockError
@@ -97,7 +103,7 @@ def search_block(opened: OpenBlock, streams: Streams, plan: BlockPlan, scratch: 
         _check_inputs(name, capture(current, in_order))
         check_finite(f"the output of {name}", torch.cat(token_weights))
     plain_error = _change(_try_plainly(opened, plan, streams.current[0]), target, before)
-    results, channels = _search_stages(opened, BlockPair(original, current), plan, token_weights)
+    results, channels, scales = _search_stages(opened, BlockPair(original, current), plan, token_weights)
     with fast_products():
         reached = KeptChunks(scratch, (current.run(number) for number in range(len(streams.current))))
     chosen_error = _change(reached[0].hidden, target, before)
@@ -106,12 +112,13 @@ def search_block(opened: OpenBlock, streams: Streams, plan: BlockPlan, scratch: 
         layers = _searched_losses(name, results, channels)
     else:
         opened.restore_all(plan)
-        kept, packed = "plain", round_block_plainly(block, plan)
+        kept, packed, scales = "plain", round_block_plainly(block, plan), {}
         with fast_products():
             reached = KeptChunks(scratch, (run_block(block, opened.index, chunk) for chunk in streams.current))
         layers = _plain_losses(name, results, channels)
     return BlockOutcome(
         packed=packed,
+        scales=scales,
         next_streams=Streams(original.outputs if plan.steps.correction else reached, reached),
         layers=layers,
         error=BlockError(name, plain_error, min(chosen_error, plain_error), kept),
@@ -132,11 +139,16 @@ def _try_plainly(opened: OpenBlock, plan: BlockPlan, chunk: BlockInput) -> Tenso
 
 def _search_stages(
     opened: OpenBlock, pair: BlockPair, plan: BlockPlan, token_weights: Sequence[Tensor]
-) -> tuple[dict[str, LayerResult], dict[str, LinearChannels]]:
-    """Quantize the linears of the block stage by stage, in place; and how each was before, by name."""
+) -> tuple[dict[str, LayerResult], dict[str, LinearChannels], dict[str, ModuleScales]]:
+    """Quantize the linears of the block stage by stage, in place, by name.
+
+    And how each was before, and what has been folded into it; of experts that is left out.
+    """
     results: dict[str, LayerResult] = {}
     channels: dict[str, LinearChannels] = {}
+    scales: dict[str, ModuleScales] = {}
     block, name = opened.module, opened.name
+    routed = routed_names(block)
     stages = stages_of(block, plan.groups)
     for place, stage in enumerate(stages):
         pair.current.settle(settled_children(plan.order, (), stages[place:]))
@@ -148,6 +160,7 @@ def _search_stages(
         channels |= describe_linears(block, stage, plan, inputs)
         folded = _fold(opened, pair.current, stage, plan, inputs)
         del inputs
+        scales |= {linear: own for linear, own in folded_scales(stage, folded).items() if linear not in routed}
         # what is yet to be rounded is to see what will be stored
         round_plain_parameters(block, name, plan)
         results |= round_folded(block, waves[0], plan, statistics, folded)
@@ -161,7 +174,7 @@ def _search_stages(
             changed.unscale_(folded[wave[0].observed].scale)
             results |= round_folded(block, wave, plan, changed, folded)
             del changed
-    return results, channels
+    return results, channels, scales
 
 
 def _check_inputs(name: str, inputs: Mapping[str, InputStatistics]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from transformers.modeling_utils import PreTrainedModel
 
 from kernels.weight_kinds import WHOLE_ROW
+from quant.checkpoint.folded_scales import most_scale_bytes
 from quant.checkpoint.stored_module import PackedSpec
 from quant.kept_tensors import Scratch
 from quant.model_plan import ModelPlan
@@ -28,13 +29,13 @@ def planned_modules(model: PreTrainedModel, plan: ModelPlan) -> dict[str, Packed
 
 
 def expected_bytes(model: PreTrainedModel, planned: Mapping[str, PackedSpec], budget_bits: int | None) -> int:
-    """What the checkpoint's tensors will take on disk, at most; budget_bits: what a target lets the linears have."""
+    """What the checkpoint's tensors and scales take on disk, at most; budget_bits: what a target lets linears have."""
     # a head that shares the embedding's weight is no parameter of its own, and the embedding stays as it is
     num_plain = sum(
         parameter.numel() for name, parameter in model.named_parameters() if name.removesuffix(".weight") not in planned
     )
     num_packed_bits = max(sum(spec.num_bits for spec in planned.values()), budget_bits or 0)
-    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
+    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize + most_scale_bytes(planned.values())
 
 
 def finished_bytes(plan: ModelPlan, planned: Mapping[str, PackedSpec], budget_bits: int | None) -> int:
@@ -43,7 +44,7 @@ def finished_bytes(plan: ModelPlan, planned: Mapping[str, PackedSpec], budget_bi
     num_parameters = sum(parameter.numel() for parameter in plan.stack.module_list.parameters())
     num_plain = num_parameters - sum(spec.num_outputs * spec.num_inputs for spec in specs)
     num_packed_bits = max(sum(spec.num_bits for spec in specs), budget_bits or 0)
-    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize
+    return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize + most_scale_bytes(specs)
 
 
 def scratch_bytes(recipe: Recipe, model: PreTrainedModel, planned: Mapping[str, PackedSpec]) -> int:

@@ -19,6 +19,7 @@ from quant.block_search import OpenBlock, search_block
 from quant.block_structure import BlockStructures
 from quant.blockwise_model import BlockwiseModel
 from quant.calibration import CalibrationText, CalibrationTokens, calibration_tokens, read_texts
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE, ModuleScales
 from quant.checkpoint.location import recorded_name
 from quant.checkpoint.output_format import check_fits
 from quant.checkpoint.stored_module import bits_per_weight
@@ -131,7 +132,7 @@ def quantize(
         _write_outer_tensors(job)
         report = _report(job, numbers, _measure(job, held_out, numbers.head))
         card = model_card(report, out.name, read_licence(source_path), source.config.model_type)
-        made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card}
+        made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card, FOLDED_SCALES_FILE: writer.folded_scales()}
         writer.commit(_checkpoint_config(job), files={**files, **made})
     return report
 
@@ -212,7 +213,7 @@ def _search_blocks(job: Job, tokens: CalibrationTokens, held_out: HeldOutStates)
             outcome = search_block(opened, streams, plan, scratch)
             streams = outcome.next_streams
             numbers = SearchNumbers(layers=outcome.layers, blocks=(outcome.error,))
-            done = _finish(job, index, block, outcome.packed, numbers)
+            done = _finish(job, index, block, outcome.packed, outcome.scales, numbers)
             job.on_block(outcome.error, outcome.layers)
         held_out.follow_quantized(block, block_name, index)
         if head_input is not None:
@@ -245,7 +246,7 @@ def _round_blocks(job: Job, held_out: HeldOutStates) -> SearchNumbers:
         else:
             packed = round_block_plainly(block, plan)
             round_plain_parameters(block, block_name, plan)
-            done = _finish(job, index, block, packed, SearchNumbers())
+            done = _finish(job, index, block, packed, {}, SearchNumbers())
         held_out.follow_quantized(block, block_name, index)
         _write_block(job, block_name, block, done)
         # before the next is read
@@ -273,12 +274,18 @@ def _report_blocks(job: Job, num_done: int) -> None:
 
 
 def _finish(
-    job: Job, index: int, block: nn.Module, packed: Mapping[str, PackedWeight], numbers: SearchNumbers
+    job: Job,
+    index: int,
+    block: nn.Module,
+    packed: Mapping[str, PackedWeight],
+    scales: Mapping[str, ModuleScales],
+    numbers: SearchNumbers,
 ) -> FinishedBlock:
     """Put the block of that index, which has its final values, where a later run finds it."""
     plain = plain_parameters(block, list(job.plan.blocks.values())[index])
     done = FinishedBlock(
         packed=packed,
+        scales=scales,
         plain={name: parameter.to(STORAGE_DTYPE) for name, parameter in plain.items()},
         layers=numbers.layers,
         errors=numbers.blocks,
@@ -290,6 +297,8 @@ def _finish(
 
 def _write_block(job: Job, block_name: str, block: nn.Module, done: FinishedBlock) -> None:
     _write_packed(job, {f"{block_name}.{linear}": weight for linear, weight in done.packed.items()})
+    stored = stored_modules(job.source.model, [f"{block_name}.{linear}" for linear in done.scales])
+    job.writer.add_scales({stored[f"{block_name}.{linear}"]: own for linear, own in done.scales.items()})
     for name, tensor in done.plain.items():
         _write_plain(job, f"{block_name}.{name}", tensor)
     # what a model saves beside its parameters stays as precise as it is: routers' corrections decide between experts

@@ -19,6 +19,7 @@ from kernels.layout import PackedWeight, WeightLayout
 from kernels.reference import dequantize
 from quant.calibration import CalibrationText, CalibrationTokens
 from quant.capture import BlockInput, run_block
+from quant.checkpoint.folded_scales import ModuleScales, scale_tensors, take_scales
 from quant.checkpoint.location import recorded_name
 from quant.checkpoint.tensor_files import read_header
 from quant.checkpoint.writer import CheckpointWriter
@@ -43,10 +44,12 @@ RUN_KEY, NOTES_KEY = "run", "notes"
 class FinishedBlock:
     """All that a block became. packed: by linear name; plain: its other parameters by name, as they are stored.
 
-    layers, errors: what the report says of it. seconds: of work on the run until the block was finished.
+    scales: what is folded into it, by linear name. layers, errors: what the report says of it. seconds: of work on the
+    run until the block was finished.
     """
 
     packed: Mapping[str, PackedWeight]
+    scales: Mapping[str, ModuleScales]
     plain: Mapping[str, Tensor]
     layers: tuple[LayerLoss, ...]
     errors: tuple[BlockError, ...]
@@ -124,8 +127,10 @@ class FinishedWork:
             )
             for name, (num_outputs, num_inputs, bits, group_size) in notes["packed"].items()
         }
+        scales = take_scales(tensors)
         return FinishedBlock(
             packed=packed,
+            scales=scales,
             plain=tensors,
             layers=tuple(LayerLoss(**fields) for fields in notes["layers"]),
             errors=tuple(BlockError(**fields) for fields in notes["errors"]),
@@ -145,7 +150,7 @@ class FinishedWork:
             "errors": [asdict(error) for error in block.errors],
             "seconds": block.seconds,
         }
-        self._save(writer, _block_file(index), {**parts, **block.plain}, notes)
+        self._save(writer, _block_file(index), {**parts, **scale_tensors(block.scales), **block.plain}, notes)
 
     def read_tokens(self) -> CalibrationTokens | None:
         """The tokens that the run calibrates on, where it had them already."""

@@ -1,7 +1,9 @@
 """Folds input scales into the operation before: it divides, the linears multiply, the function stays the same.
 
-Legend: C = channels of the operation that feeds, K = in features of the linears it feeds.
+Legend: C = channels of the operation that feeds, N = its out features, K = in features of the linears it feeds.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +14,34 @@ from quant.block_groups import ScaleGroup, ScaleSource
 STORAGE_DTYPE = torch.float16
 
 
-def fold(block: nn.Module, group: ScaleGroup, scale: Tensor) -> Tensor:
-    """Divide the group's source by scale [C] and multiply all that reads it. Returns the scale that was applied, [K].
+@dataclass(frozen=True)
+class Fold:
+    """What a group's linears were multiplied by, [K], and what its source's rows were divided by, [N].
+
+    divisor: None where the source is no linear.
+    """
+
+    scale: Tensor
+    divisor: Tensor | None
+
+
+def fold(block: nn.Module, group: ScaleGroup, scale: Tensor) -> Fold:
+    """Divide the group's source by scale [C] and multiply all that reads it. Returns what was applied.
 
     A norm's quotient is rounded to STORAGE_DTYPE first and the scale recomputed from it, so that rounding the norm
     costs nothing. A linear's rows are divided exactly: they are quantized later. Without a source nothing changes.
     """
     if group.source is None:
-        return torch.ones(group.spread.width * group.spread.repeats)
+        return Fold(torch.ones(group.spread.width * group.spread.repeats), None)
     source = block.get_submodule(group.source.name)
     is_norm = source.get_parameter("weight").dim() == 1
     with torch.no_grad():
-        effective = _divide_norm(source, group.source, scale) if is_norm else _divide_rows(source, group.source, scale)
+        effective = _divide_norm(source, group.source, scale) if is_norm else scale
+        divisor = None if is_norm else _divide_rows(source, group.source, scale)
         expanded = group.spread.expand(effective)
         for name in (*group.linears, *group.kept):
             block.get_submodule(name).get_parameter("weight").mul_(expanded)
-    return expanded
+    return Fold(expanded, divisor)
 
 
 def _divide_norm(norm: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
@@ -44,12 +58,13 @@ def _divide_norm(norm: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
 
 
 def _divide_rows(linear: nn.Module, source: ScaleSource, scale: Tensor) -> Tensor:
-    runs = scale.view(-1, source.run)
     weight, bias = linear.get_parameter("weight"), _bias_of(linear)
-    weight.view(-1, source.period, weight.shape[1])[:, -source.run :].div_(runs[..., None])
+    divisor = torch.ones_like(weight[:, 0])
+    divisor.view(-1, source.period)[:, -source.run :] = scale.view(-1, source.run)
+    weight.div_(divisor[:, None])
     if bias is not None:
-        bias.view(-1, source.period)[:, -source.run :].div_(runs)
-    return scale
+        bias.div_(divisor)
+    return divisor
 
 
 def _bias_of(module: nn.Module) -> Tensor | None:

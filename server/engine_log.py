@@ -2,6 +2,8 @@
 
 import structlog
 
+from server.engine.request import ModelInfo
+
 log = structlog.get_logger(__name__)
 
 
@@ -11,8 +13,12 @@ class EngineLog:
     def spawned(self, process_id: int) -> None:
         log.info("engine started", pid=process_id)
 
-    def became_ready(self, process_id: int, kernels: str) -> None:
-        log.info("engine ready", pid=process_id, kernels=kernels)
+    def became_ready(self, process_id: int, model: ModelInfo) -> None:
+        log.info("engine ready", pid=process_id, kernels=model.kernels)
+        for note in model.adapter_notes:
+            log.info("adapter", note=note)
+        for doubt in model.adapter_doubts:
+            log.warning("adapter in doubt", reason=doubt)
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
         if is_alive:

@@ -21,8 +21,9 @@ from quant.errors import SourceError
 GGUF_SUFFIX = ".gguf"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WHAT_A_MODEL_IS = f"give a directory, a {GGUF_SUFFIX} file or a hub name (owner/name)"
-# weights as safetensors, configs, tokenizers, chat templates and the card, which states the licence: no code, no pickle
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+# weights as safetensors, what was folded into them, configs, tokenizers, chat templates and the card, which states the
+# licence: no code, no pickle
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.awq", "*.txt", "*.model", "*.jinja", "README.md"]
 # sub-folders hold other formats of the same model, and consolidated files a second copy of the weights
 HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 

@@ -30,7 +30,8 @@ class CheckpointFormat(StrEnum):
 class QuantizationMeta:
     """How the quantized modules of a checkpoint are stored, where all are alike; None where the tensors must say.
 
-    group_size: input channels a scale, -1 for all of a row. symmetric: whether zero points may be absent. Lists of
+    group_size: input channels a scale, -1 for all of a row. symmetric: whether zero points may be absent.
+    may_be_scaled: whether methods that write it so divide the weights' inputs by scales (quant.scale_fold). Lists of
     modules that are not quantized are not read: they are matched in many ways, and the tensors say it.
     """
 
@@ -38,6 +39,7 @@ class QuantizationMeta:
     bits: int | None
     group_size: int | None
     symmetric: bool | None = None
+    may_be_scaled: bool = True
 
 
 AWQ_VERSIONS = {
@@ -123,7 +125,7 @@ def _parse_uniform(
     """One number of bits and one group size for all modules, unless some are said to be exceptions."""
     bits = _read_bits(fields, SUPPORTED_BITS, f"{stored_as} checkpoints")
     size = config_fields.group_size(fields)
-    return QuantizationMeta(stored_as, bits, None if has_exceptions else size)
+    return QuantizationMeta(stored_as, bits, None if has_exceptions else size, may_be_scaled=False)
 
 
 def _parse_compressed_tensors(fields: Mapping[str, object]) -> QuantizationMeta:

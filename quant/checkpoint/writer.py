@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.layout import PackedWeight
+from quant.checkpoint.folded_scales import ModuleScales, encode_folded_scales
 from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.output_format import ENCODERS, quantization_config
 from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
@@ -67,6 +68,7 @@ class CheckpointWriter:
         self._expected_bytes = expected_bytes
         self._output_format = output_format
         self._packed: dict[str, PackedSpec] = {}
+        self._scales: dict[str, ModuleScales] = {}
         self._shard_bytes = shard_bytes
         self._pending_names: list[str] = []
         self._pending_bytes = 0
@@ -129,6 +131,10 @@ class CheckpointWriter:
             self.add_tensor(f"{module_name}.{suffix}", tensor)
         self._packed[module_name] = spec_of(weight)
 
+    def add_scales(self, scales: Mapping[str, ModuleScales]) -> None:
+        """Note what is folded into modules, by their names; `folded_scales` gives it."""
+        self._scales |= scales
+
     def save_finished(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a safetensors file into `finished`, whole or not at all; when this returns, it survives a power loss.
 
@@ -149,6 +155,10 @@ class CheckpointWriter:
     def quantization_config(self, kept: Sequence[str]) -> dict[str, object]:
         """What config.json must say of the packed weights added so far; kept: the linears that stayed as they were."""
         return quantization_config(self._output_format, self._packed, kept)
+
+    def folded_scales(self) -> bytes:
+        """The file that says what is folded into the modules: of all that were added, also where that is none."""
+        return encode_folded_scales(self._scales)
 
     def commit(self, config: Mapping[str, object], files: Mapping[str, bytes]) -> None:
         """Write what is pending, the index, config.json and `files` (by name), check it all, and rename into place.

@@ -39,6 +39,7 @@ from server.engine.request import ModelInfo, SamplingDefaults
 from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.model.adapter import Adapter, open_adapter
+from server.model.adapter_base import fit_adapters
 from server.model.adapter_stacks import adapter_bytes
 from server.model.config import DTYPES, ModelConfig, read_model_config
 from server.model.decoder import Decoder
@@ -120,7 +121,10 @@ def assemble_engine(
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len, adapters)
     draft = load_draft_model(config, device, dtype, kernels)
-    return wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
+    loop, info = wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
+    notes = tuple(adapter.note for adapter in adapters if adapter.note)
+    doubts = tuple(adapter.doubt for adapter in adapters if adapter.doubt)
+    return loop, replace(info, adapter_notes=notes, adapter_doubts=doubts)
 
 
 def wire_engine(
@@ -224,8 +228,11 @@ def _check_speculation(config: EngineConfig, *, is_native: bool) -> None:
 
 def open_adapters(config: EngineConfig, directory: Path) -> tuple[Adapter, ...]:
     """Those of the settings, checked against the model. Raises CheckpointError naming what is wrong."""
+    if not config.adapters:
+        return ()
     model = read_model_config(directory)
-    return tuple(open_adapter(adapter.name, Path(adapter.path), model) for adapter in config.adapters)
+    adapters = [open_adapter(adapter.name, Path(adapter.path), model) for adapter in config.adapters]
+    return fit_adapters(adapters, directory)
 
 
 def _check_memory(

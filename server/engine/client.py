@@ -171,7 +171,7 @@ class ProcessEngineClient:
             case Ready(model):
                 self._board.set_ready(model)
                 if self._child is not None:
-                    self._listener.became_ready(self._child.process_id, model.kernels)
+                    self._listener.became_ready(self._child.process_id, model)
                 # an engine that died before it looked at them left these
                 for request in self._requests.unstarted():
                     self._send(Generate(request))

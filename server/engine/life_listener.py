@@ -2,13 +2,15 @@
 
 from typing import Protocol
 
+from server.engine.request import ModelInfo
+
 
 class LifeListener(Protocol):
     """Called on the event loop, when it has happened."""
 
     def spawned(self, process_id: int) -> None: ...
 
-    def became_ready(self, process_id: int, kernels: str) -> None: ...
+    def became_ready(self, process_id: int, model: ModelInfo) -> None: ...
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:
         """Its heartbeat stays away, or is back."""
@@ -29,7 +31,7 @@ class NoListener:
     def spawned(self, process_id: int) -> None:
         pass
 
-    def became_ready(self, process_id: int, kernels: str) -> None:
+    def became_ready(self, process_id: int, model: ModelInfo) -> None:
         pass
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:

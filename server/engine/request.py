@@ -119,7 +119,8 @@ class SamplingDefaults:
 class ModelInfo:
     """What the API must know of the loaded model. kernels: which ones compute it, for the log.
 
-    adapters: the names that requests may choose by.
+    adapters: the names that requests may choose by. adapter_notes, adapter_doubts: sentences on them for the log; the
+    second say what may be wrong.
     """
 
     model_path: str
@@ -133,6 +134,8 @@ class ModelInfo:
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     kernels: str = ""
     adapters: tuple[str, ...] = ()
+    adapter_notes: tuple[str, ...] = ()
+    adapter_doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ Legend: R = rank, K = in features, N = out features.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quant.checkpoint.folded_scales import ModuleScales
 from quant.checkpoint.tensor_files import PICKLE_SUFFIXES, StoredTensor, read_header, read_whole
 from quant.errors import CheckpointError
 from server.model.config import ModelConfig
@@ -19,28 +20,40 @@ from server.model.lora_config import CONFIG_FILE, LoraConfig, is_target, read_lo
 TENSOR_FILE = "adapter_model.safetensors"
 # what PEFT puts before a module's name, and after
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_NO_SCALES = ModuleScales()
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """name: what requests call it. down, up: by module, the tensors [R, K] and [N, R]; a module has both or none."""
+    """name: what requests call it. down, up: by module, the tensors [R, K] and [N, R]; a module has both or none.
+
+    scales: by module, what the model's inputs and outputs are divided by and those that it was trained on are not.
+    note: how it is taken over the model, doubt: what may be wrong with that; sentences for the log, or empty.
+    """
 
     name: str
     config: LoraConfig
     down: Mapping[str, StoredTensor]
     up: Mapping[str, StoredTensor]
+    scales: Mapping[str, ModuleScales] = field(default_factory=dict)
+    note: str = ""
+    doubt: str = ""
 
     def rank_of(self, module: str) -> int:
         """0 where the adapter leaves the module as it is."""
         return self.config.rank_of(module) if module in self.down else 0
 
     def read_down(self, module: str) -> Tensor:
-        """float32 [R, K]. Raises CheckpointError for a tensor with a value that is no number."""
-        return _read_finite(self.down[module], _PREFIX + module + _DOWN)
+        """A, float32 [R, K], or A diag(scale). Raises CheckpointError for a tensor with a value that is no number."""
+        down = _read_finite(self.down[module], _PREFIX + module + _DOWN)
+        scale = self.scales.get(module, _NO_SCALES).input_scale
+        return down if scale is None else down * scale
 
     def read_up(self, module: str) -> Tensor:
-        """float32 [N, R], with the adapter's scale in it. Raises as `read_down` does."""
-        return self.config.scale_of(module) * _read_finite(self.up[module], _PREFIX + module + _UP)
+        """B, float32 [N, R], or diag(1 / divisor) B, with the adapter's own scale in it. Raises as `read_down` does."""
+        up = self.config.scale_of(module) * _read_finite(self.up[module], _PREFIX + module + _UP)
+        divisor = self.scales.get(module, _NO_SCALES).output_divisor
+        return up if divisor is None else up / divisor[:, None]
 
 
 def open_adapter(name: str, directory: Path, model: ModelConfig) -> Adapter:

@@ -14,6 +14,7 @@ from quant.errors import CheckpointError
 from server.model.config_fields import ConfigFields
 
 CONFIG_FILE = "adapter_config.json"
+BASE_MODEL_FIELD = "base_model_name_or_path"
 # fields that change what is computed, or for whom, and the values that change nothing; an absent one is such a value
 _CHANGING_FIELDS: dict[str, tuple[object, ...]] = {
     "use_dora": (False,),
@@ -36,7 +37,8 @@ _CHANGING_FIELDS: dict[str, tuple[object, ...]] = {
 class LoraConfig:
     """target_modules: names of modules, each also the end of longer ones; None where a pattern chose them.
 
-    layers: the layers that have them, None for all. The patterns: of modules' names, the first that fits counts.
+    layers: the layers that have them, None for all. base_model: what it was trained on, as PEFT was told; empty where
+    it does not say. The patterns: of modules' names, the first that fits counts.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class LoraConfig:
     alpha_patterns: Mapping[str, float]
     target_modules: tuple[str, ...] | None
     layers: tuple[int, ...] | None
+    base_model: str
 
     def rank_of(self, module: str) -> int:
         return self.rank_patterns.get(_find_pattern(self.rank_patterns, module), self.rank)
@@ -81,6 +84,7 @@ def read_lora_config(directory: Path) -> LoraConfig:
         layers=(fields.whole_number("layers_to_transform", minimum=0),)
         if isinstance(layers, int)
         else fields.whole_numbers("layers_to_transform") or None,
+        base_model=fields.string(BASE_MODEL_FIELD, default=""),
     )
 
 

@@ -47,7 +47,7 @@ def test_rounding_the_norm_costs_nothing_because_linears_get_the_scale_that_it_l
     block = norm_and_linears()
     norm, gate = block.get_submodule("norm"), linear_of(block, "gate_proj")
     before = gate.weight.detach() * norm.get_parameter("weight").detach()
-    applied = fold(block, GATE_UP, random_scale(8))
+    applied = fold(block, GATE_UP, random_scale(8)).scale
     stored = norm.get_parameter("weight").detach()
     assert torch.equal(stored, stored.half().float())
     torch.testing.assert_close(gate.weight.detach() * stored, before, rtol=1e-6, atol=0)
@@ -58,7 +58,7 @@ def test_a_channel_that_the_norm_switches_off_is_left_alone() -> None:
     block = norm_and_linears()
     with torch.no_grad():
         block.get_submodule("norm").get_parameter("weight")[3] = 0
-    applied = fold(block, GATE_UP, random_scale(8))
+    applied = fold(block, GATE_UP, random_scale(8)).scale
     assert float(applied[3]) == 1
     assert bool(torch.isfinite(linear_of(block, "up_proj").weight).all())
 
@@ -69,7 +69,7 @@ def test_a_channel_that_float16_could_not_hold_is_left_alone() -> None:
     norm[5] = 300
     scale = random_scale(8)
     scale[5] = 1e-3
-    applied = fold(block, GATE_UP, scale)
+    applied = fold(block, GATE_UP, scale).scale
     assert float(applied[5]) == 1
     assert float(norm[5]) == 300
     assert bool(torch.isfinite(linear_of(block, "up_proj").weight).all())

@@ -41,8 +41,9 @@ def meta_of(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    may_be_scaled: bool = True,
 ) -> QuantizationMeta:
-    return QuantizationMeta(stored_as, bits, group_size, symmetric)
+    return QuantizationMeta(stored_as, bits, group_size, symmetric, may_be_scaled)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], meta: QuantizationMeta) -> PackedSpec:

@@ -40,9 +40,8 @@ def test_a_config_without_the_field_is_an_unquantized_model() -> None:
         {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"},
         {"quant_method": "AWQ", "bits": 4, "group_size": 64, "modules_to_not_convert": None},
         {"quant_method": "awq", "bits": 4, "group_size": 64, "format": "gemm", "zero_point": False},
-        {**AUTO_ROUND, "group_size": 64, "packing_format": "auto_round:auto_awq"},
     ],
-    ids=["plain", "llm-awq names", "upper case, null list", "format for version, symmetric", "AutoRound's name"],
+    ids=["plain", "llm-awq names", "upper case, null list", "format for version, symmetric"],
 )
 def test_the_spellings_of_other_tools_mean_the_same(fields: dict[str, object]) -> None:
     assert parse(fields) == meta_of(CheckpointFormat.AWQ_GEMM, bits=4, group_size=64)
@@ -67,6 +66,7 @@ def test_a_config_nested_under_text_config_is_found() -> None:
         ({**AUTO_ROUND, "quant_method": "intel/auto-round"}, CheckpointFormat.GPTQ_V2),
         ({**AUTO_ROUND, "packing_format": "auto_round:gptqmodel"}, CheckpointFormat.GPTQ_V2),
         ({**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}, CheckpointFormat.GPTQ_V1),
+        ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}, CheckpointFormat.AWQ_GEMM),
         (COMPRESSED, CheckpointFormat.COMPRESSED_TENSORS),
         ({**COMPRESSED, "format": "mixed-precision"}, CheckpointFormat.COMPRESSED_TENSORS),
     ],
@@ -80,7 +80,28 @@ def test_each_tool_names_its_layout(fields: dict[str, object], stored_as: Checkp
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_gptq_comes_with_3_4_or_8_bits(bits: int) -> None:
-    assert parse({**GPTQ, "bits": bits}) == meta_of(CheckpointFormat.GPTQ_V1, bits=bits, group_size=128)
+    assert parse({**GPTQ, "bits": bits}) == meta_of(
+        CheckpointFormat.GPTQ_V1, bits=bits, group_size=128, may_be_scaled=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "may_be"),
+    [
+        (AWQ, True),
+        ({**AWQ, "version": "gemv_fast"}, True),
+        # llm-compressor writes AWQ's weights so, and GPTQ's as well
+        (COMPRESSED, True),
+        (GPTQ, False),
+        (AUTO_ROUND, False),
+        ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}, False),
+    ],
+)
+def test_whose_weights_may_have_scales_folded_in(fields: dict[str, object], may_be: bool) -> None:
+    meta = parse(fields)
+
+    assert meta is not None
+    assert meta.may_be_scaled is may_be
 
 
 @pytest.mark.parametrize("fields", [{**AWQ, "group_size": -1}, {**GPTQ, "group_size": -1}])

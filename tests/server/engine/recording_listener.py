@@ -1,5 +1,7 @@
 """Hears of the engine process's life and death, and keeps what it heard."""
 
+from server.engine.request import ModelInfo
+
 
 class RecordingListener:
     """A LifeListener that keeps what it was told."""
@@ -10,7 +12,7 @@ class RecordingListener:
     def spawned(self, process_id: int) -> None:
         self.events.append(("spawned", process_id))
 
-    def became_ready(self, process_id: int, kernels: str) -> None:
+    def became_ready(self, process_id: int, model: ModelInfo) -> None:
         self.events.append(("ready", process_id))
 
     def pulse_changed(self, process_id: int, *, is_alive: bool) -> None:

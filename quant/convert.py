@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kernels.layout import PackedWeight
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE, encode_folded_scales
 from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.output_format import check_fits
 from quant.checkpoint.reader import CONFIG_FILE, OLD_SETTINGS, CheckpointReader
@@ -35,6 +36,9 @@ def convert(
         raise CheckpointError(f"{source} has no quantized modules; `awq-serve quantize` makes a checkpoint that has")
     check_fits(output_format, specs)
     files = side_files(source)
+    if reader.meta is not None and not reader.meta.may_be_scaled:
+        # the other format's name does not say so
+        files.setdefault(FOLDED_SCALES_FILE, encode_folded_scales({}))
     plain_names = _plain_tensor_names(reader)
     num_bytes = sum(spec.num_bits // 8 for spec in specs.values()) + sum(map(len, files.values()))
     num_bytes += sum(reader.num_bytes(name) for name in plain_names)
@@ -53,7 +57,7 @@ def convert(
 
 
 def side_files(directory: Path) -> dict[str, bytes]:
-    """What lies beside the weights and config.json, by name: tokenizer, templates, reports, a model card, code."""
+    """What lies beside the weights and config.json, by name: tokenizer, templates, code, reports, scales."""
     return {
         path.name: path.read_bytes()
         for path in sorted(directory.iterdir())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by its headers alone: format, bits a weight, each layer's shape, size and measured error."""
+"""What a checkpoint holds, without its weights: format, bits a weight, each layer's shape, size and measured error."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from statistics import fmean
 import msgspec
 from rich.table import Table
 
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE, read_folded_scales
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import CheckpointError
 from quant.report import REPORT_FILE
@@ -60,7 +61,8 @@ class PlainTensor:
 class Inspection:
     """bits_per_weight: of the quantized modules, scales and zero points included; None where there are none.
 
-    bits_per_parameter: of everything, norms and embeddings included.
+    bits_per_parameter: of everything, norms and embeddings included. num_scaled: how many linears have scales folded
+    in, as the file beside them says; None where there is no such file.
     """
 
     checkpoint: str
@@ -69,6 +71,7 @@ class Inspection:
     bits_per_parameter: float
     num_parameters: int
     num_bytes: int
+    num_scaled: int | None
     quantized: tuple[QuantizedModule, ...]
     unquantized: tuple[PlainTensor, ...]
 
@@ -87,6 +90,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     num_weights = sum(math.prod(module.shape) for module in quantized)
     num_parameters = num_weights + sum(math.prod(reader.shape(name)) for name in plain)
     num_bytes = sum(map(reader.num_bytes, reader.tensor_names))
+    scales = read_folded_scales(directory)
     return Inspection(
         checkpoint=str(directory),
         format=str(reader.meta.format) if reader.meta and quantized else None,
@@ -94,6 +98,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         bits_per_parameter=8 * num_bytes / num_parameters if num_parameters else 0.0,
         num_parameters=num_parameters,
         num_bytes=num_bytes,
+        num_scaled=None if scales is None else len(scales),
         quantized=quantized,
         unquantized=tuple(_describe_tensor(reader, name) for name in plain if len(reader.shape(name)) > 1),
     )
@@ -167,6 +172,8 @@ def summary_table(inspection: Inspection) -> Table:
     }
     if inspection.bits_per_weight is not None:
         rows["bits per weight"] = f"{inspection.bits_per_weight:.3f}, quantized modules with scales and zero points"
+    if inspection.num_scaled is not None:
+        rows["folded scales"] = f"of {inspection.num_scaled} linears, in {FOLDED_SCALES_FILE}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -12,6 +12,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kernels.layout import PackedWeight, unpack
+from quant.checkpoint.folded_scales import (
+    FOLDED_SCALES_FILE,
+    ModuleScales,
+    encode_folded_scales,
+    read_folded_scales,
+)
 from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
@@ -73,8 +79,8 @@ def save_foreign(
     return directory
 
 
-def assert_holds(directory: Path, weights: Weights) -> None:
-    """All weights, all plain tensors and all side files, exactly."""
+def assert_holds(directory: Path, weights: Weights, *more_files: str) -> None:
+    """All weights, all plain tensors and all side files, exactly. more_files: what is there besides."""
     reader = CheckpointReader.open(directory)
     assert set(reader.quantized_module_names) == set(weights)
     for name, weight in weights.items():
@@ -85,7 +91,7 @@ def assert_holds(directory: Path, weights: Weights) -> None:
     packed = {x for name in weights for x in reader.packed_tensor_names(name)}
     assert set(reader.tensor_names) - packed == set(plain_tensors())
     names = {path.name for path in directory.iterdir()}
-    assert names == {"config.json", "model.safetensors", *SIDE_FILES}
+    assert names == {"config.json", "model.safetensors", *SIDE_FILES, *more_files}
     for name, content in SIDE_FILES.items():
         assert (directory / name).read_bytes() == content
 
@@ -115,6 +121,17 @@ def test_every_module_that_stays_dense_is_named_to_loaders_that_quantize_all_lin
     assert fields["config_groups"]["group_0"]["targets"] == ["Linear"]
 
 
+def test_the_scales_that_are_folded_in_go_along(tmp_path: Path) -> None:
+    source = save_written(tmp_path / "awq", two_weights(), AWQ)
+    scales = encode_folded_scales({FIRST: ModuleScales(torch.rand(128) + 0.5, torch.rand(32) + 0.5)})
+    (source / FOLDED_SCALES_FILE).write_bytes(scales)
+
+    convert(source, tmp_path / "out", COMPRESSED)
+
+    assert_holds(tmp_path / "out", two_weights(), FOLDED_SCALES_FILE)
+    assert (tmp_path / "out" / FOLDED_SCALES_FILE).read_bytes() == scales
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_gptq_becomes_compressed_tensors(tmp_path: Path, bits: int) -> None:
     weights = two_weights(bits=bits)
@@ -123,7 +140,9 @@ def test_gptq_becomes_compressed_tensors(tmp_path: Path, bits: int) -> None:
 
     convert(source, tmp_path / "out", COMPRESSED)
 
-    assert_holds(tmp_path / "out", weights)
+    # and it says what its new format leaves open: that no scales are folded in
+    assert_holds(tmp_path / "out", weights, FOLDED_SCALES_FILE)
+    assert read_folded_scales(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize("stored_as", PACKERS)

@@ -10,6 +10,7 @@ from click.testing import Result
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE, ModuleScales, encode_folded_scales
 from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.writer import CheckpointWriter
 from quant.cli import app
@@ -97,6 +98,15 @@ def test_the_command_prints_tables_for_people(checkpoint: Path) -> None:
     assert [cell.strip() for cell in rows[UP].split("│")[2:-1]] == ["64 x 32", "8", "row", "2.3", "", ""]
     assert "10 x 32" in rows["model.embed_tokens.weight"]
     assert "compressed-tensors pack-quantized" in result.stdout
+    assert "folded scales" not in result.stdout
+
+
+def test_the_linears_that_have_scales_folded_in_are_counted(checkpoint: Path) -> None:
+    scales = {DOWN: ModuleScales(torch.ones(64) / 2), UP: ModuleScales(None, torch.ones(64) / 2)}
+    (checkpoint / FOLDED_SCALES_FILE).write_bytes(encode_folded_scales(scales))
+
+    assert inspect_checkpoint(checkpoint).num_scaled == 2
+    assert "of 2 linears, in folded_scales.awq" in invoke(str(checkpoint)).stdout
 
 
 def test_the_salient_channels_are_shown_with_their_part_of_the_error_and_the_mean_of_the_modules(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quant.checkpoint.folded_scales import read_folded_scales
 from quant.errors import QuantizationError, Terminated
 from quant.pipeline import quantize
 from quant.progress import ProgressListener, ignore_notice
@@ -152,6 +153,8 @@ def test_it_goes_on_after_any_block(num_finished: int, tmp_path: Path) -> None:
     replayed = [("resume", done, num_finished) for done in range(num_finished + 1)]
     others = [("quantize", done, NUM_BLOCKS) for done in range(num_finished, NUM_BLOCKS + 1)]
     assert heard.progress[2:] == [*replayed, *others]
+    # what is folded into blocks of either run included
+    assert len(read_folded_scales(tmp_path / "out") or ()) > 0
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "unbroken")
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.utils import filter_repo_objects
 
-from quant.checkpoint.location import recorded_name, resolve_model
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE
+from quant.checkpoint.location import HUB_IGNORED, HUB_PATTERNS, recorded_name, resolve_model
 from quant.errors import SourceError
 
 
@@ -47,6 +49,14 @@ def test_a_hub_name_without_a_network_is_one_sentence(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
     assert "SourceError: owner/name is no directory here, and the hub cannot be reached" in result.stderr
+
+
+def test_the_scales_that_are_folded_in_are_fetched_with_the_weights() -> None:
+    names = ["model.safetensors", FOLDED_SCALES_FILE, "model.gguf", "onnx/model.safetensors"]
+
+    fetched = filter_repo_objects(names, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+
+    assert list(fetched) == ["model.safetensors", FOLDED_SCALES_FILE]
 
 
 def test_locating_a_model_imports_no_torch() -> None:

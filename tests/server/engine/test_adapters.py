@@ -1,19 +1,23 @@
 """Requests with adapters in one engine: each gets what it gets alone, and shares cached prompts with its own kind."""
 
 import asyncio
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE, ModuleScales, encode_folded_scales
 from server.engine.assembly import assemble_engine
 from server.engine.config import AdapterConfig, EngineConfig
 from server.engine.errors import EngineSetupError
 from server.engine.in_process_client import InProcessEngineClient
-from server.engine.request import GenerationRequest, SamplingParams, TokenEvent
+from server.engine.request import GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequest
 from tests.lora_adapters import save_adapter
+from tests.server.model.quantized_models import quantize_in_place
 
 NAMES = ("", "first", "second")
 PROMPT = tuple(range(40, 75))
@@ -128,6 +132,27 @@ def test_no_salt_can_be_taken_for_an_adapter() -> None:
     }
 
     assert len(keys) == len(given)
+
+
+def test_it_says_how_an_adapter_is_taken_over_a_quantized_checkpoint(config: EngineConfig, tmp_path: Path) -> None:
+    # given an AWQ checkpoint of another tool, which does not say what is folded into it
+    checkpoint = shutil.copytree(config.model_path, tmp_path / "awq")
+    quantize_in_place(checkpoint, lambda name: True)
+    awq = replace(config, model_path=str(checkpoint), adapters=config.adapters[:1])
+
+    def ask() -> ModelInfo:
+        return assemble_engine(awq, lambda progress: None, lambda news: None)[1]
+
+    doubted = ask()
+    (checkpoint / FOLDED_SCALES_FILE).write_bytes(
+        encode_folded_scales({"model.layers.0.self_attn.q_proj": ModuleScales(torch.ones(64) / 2)})
+    )
+    fitted = ask()
+
+    ((doubt,), (note,)) = doubted.adapter_doubts, fitted.adapter_notes
+    assert doubt.startswith("first may add something else than it learned")
+    assert note.startswith("first is multiplied by the scales that are folded into this checkpoint")
+    assert (doubted.adapter_notes, fitted.adapter_doubts) == ((), ())
 
 
 def test_what_the_engine_says_and_refuses(config: EngineConfig, tmp_path: Path) -> None:

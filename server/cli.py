@@ -121,7 +121,10 @@ def run_quantizer(command: str, arguments: list[str]) -> None:
 
 
 def run_server(settings: Settings) -> str | None:
-    """Serve until told to end, or until the engine has failed for good. Returns why it has, or None."""
+    """Serve until told to end, or until the engine has failed for good. Returns why it has, or None.
+
+    Raises one of REFUSALS when it cannot start with what it was given.
+    """
     set_up_logs(settings.log_level)
     listener = listen(settings.host, settings.port)
     model_path = locate_model(settings)
@@ -149,7 +152,11 @@ def run_server(settings: Settings) -> str | None:
     )
     tell(f"Loading {model_path}")
     server.run(sockets=[listener])
-    return server.failure
+    if server.failure is None:
+        return None
+    if server.failure.is_refusal:
+        raise StartRefused(server.failure.detail)
+    return server.failure.detail
 
 
 def locate_model(settings: Settings) -> Path:

@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.engine.client_protocol import EngineClient
+from server.engine.request import EngineStatus
 from server.http_protocol import BoundedHttpProtocol
 from server.settings import Settings
 
@@ -47,8 +48,8 @@ class GracefulServer(uvicorn.Server):
 
     announce: called when the model is ready. stop_jobs: called when the drain begins, so that a job ends beside it and
     not after it; the application waits for that end.
-    failure: why the engine never got ready or is not restarted any more, once that is known; the server then ends, as
-    what watches over it can start it anew and nobody else can.
+    failure: the engine's status when it never gets ready or is not restarted any more, once that is known; the server
+    then ends, as what watches over it can start it anew and nobody else can.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class GracefulServer(uvicorn.Server):
                 server_header=False,
             )
         )
-        self.failure: str | None = None
+        self.failure: EngineStatus | None = None
         self._engine = engine
         self._announce = announce
         self._stop_jobs = stop_jobs
@@ -119,5 +120,5 @@ class GracefulServer(uvicorn.Server):
     async def _watch_engine(self) -> None:
         if (await self._engine.wait_until_settled()).state == "ready":
             self._announce()
-        self.failure = (await self._engine.wait_until_failed()).detail
+        self.failure = await self._engine.wait_until_failed()
         self.should_exit = True

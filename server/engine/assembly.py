@@ -40,7 +40,7 @@ from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.model.adapter import Adapter, open_adapter
 from server.model.adapter_base import fit_adapters
-from server.model.adapter_stacks import adapter_bytes
+from server.model.adapter_stacks import adapter_bytes, adapter_row_bytes
 from server.model.config import DTYPES, ModelConfig, read_model_config
 from server.model.decoder import Decoder
 from server.model.fixed_rows import fix_rows
@@ -121,10 +121,7 @@ def assemble_engine(
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len, adapters)
     draft = load_draft_model(config, device, dtype, kernels)
-    loop, info = wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
-    notes = tuple(adapter.note for adapter in adapters if adapter.note)
-    doubts = tuple(adapter.doubt for adapter in adapters if adapter.doubt)
-    return loop, replace(info, adapter_notes=notes, adapter_doubts=doubts)
+    return wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
 
 
 def wire_engine(
@@ -145,7 +142,7 @@ def wire_engine(
     geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
     geometry = replace(geometry, draft=_draft_geometry(config, draft, device))
     limits = choose_limits(config, device)
-    size = choose_size(config, geometry, device, _workspace(model.config, dtype, limits))
+    size = choose_size(config, geometry, device, _workspace(model.config, dtype, limits, model.adapters))
     info = ModelInfo(
         model_path=config.model_path,
         max_model_len=size.max_model_len,
@@ -158,6 +155,8 @@ def wire_engine(
         sampling_defaults=sampling_defaults,
         kernels=kernels.description,
         adapters=tuple(adapter.name for adapter in config.adapters),
+        adapter_notes=tuple(adapter.note for adapter in model.adapters if adapter.note),
+        adapter_doubts=tuple(adapter.doubt for adapter in model.adapters if adapter.doubt),
     )
     if kernels.native is not None:
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
@@ -256,13 +255,14 @@ def _check_memory(
         check_host_fits(weights, host_memory.available_bytes())
         return
     dtype = dtype or model.dtype or torch.bfloat16
-    workspace = _workspace(model, dtype, choose_limits(config, device))
+    workspace = _workspace(model, dtype, choose_limits(config, device), adapters)
     weights = sum(weight_bytes(reader, dtype) for reader in readers) + adapter_bytes(adapters, model, dtype)
     check_gpu_fits(weights, workspace, gpu_memory(device), config)
 
 
-def _workspace(model: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits) -> int:
-    return workspace_bytes(
+def _workspace(model: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits, adapters: Sequence[Adapter]) -> int:
+    of_adapters = limits.max_num_batched_tokens * adapter_row_bytes(adapters, model)
+    return of_adapters + workspace_bytes(
         model, dtype, max_num_tokens=limits.max_num_batched_tokens, max_num_drawn=limits.max_num_drawn
     )
 

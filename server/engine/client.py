@@ -139,6 +139,8 @@ class ProcessEngineClient:
         """Tell everybody. Returns the seconds until the next start; None if there is none."""
         if self._board.status.model is None:
             # the first start: what is wrong is in the settings or the model, and trying again would not help
+            if self._start_error is not None:
+                self._board.set_refused(reason)
             self._give_up(reason)
             return None
         num_lost = self._requests.end_started(f"the engine stopped while it worked on this request: {reason}")

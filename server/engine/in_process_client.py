@@ -78,7 +78,7 @@ class InProcessEngineClient:
         try:
             loop, info = self._assemble(self._config, self._report, self._publish)
         except SETUP_ERRORS as error:
-            self._post(self._board.set_failed, str(error))
+            self._post(self._board.set_refused, str(error))
             return
         self._post(self._board.set_ready, info)
         is_ordered = False

@@ -166,7 +166,8 @@ class EngineStats:
 class EngineStatus:
     """Where the engine stands. detail: load progress, or why it is not ready. model: known once it was ready.
 
-    num_restarts: how often its process was started anew after it had died.
+    num_restarts: how often its process was started anew after it had died. is_refusal: it failed because settings,
+    machine or checkpoint do not let it start; detail says what to change.
     """
 
     state: Literal["loading", "ready", "unresponsive", "restarting", "draining", "failed"]
@@ -174,6 +175,7 @@ class EngineStatus:
     model: ModelInfo | None
     stats: EngineStats | None
     num_restarts: int = 0
+    is_refusal: bool = False
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class StatusBoard:
         self._is_settled.set()
         self._has_failed.set()
 
+    def set_refused(self, detail: str) -> None:
+        """It never was ready, and what it was given is at fault."""
+        self.status = replace(self.status, is_refusal=True)
+        self.set_failed(detail)
+
     def set_stats(self, stats: EngineStats) -> None:
         self.status = replace(self.status, stats=stats)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.lora import RANK_MULTIPLE, LoraStack
+from kernels.tiles import lora_splits
 from quant.errors import CheckpointError
 from server.model.adapter import Adapter
 from server.model.config import ModelConfig
@@ -63,6 +64,18 @@ def adapter_bytes(adapters: Sequence[Adapter], model: ModelConfig, dtype: torch.
         for specs in layer.joined
     )
     return len(adapters) * num_values * dtype.itemsize
+
+
+def adapter_row_bytes(adapters: Sequence[Adapter], model: ModelConfig) -> int:
+    """What a row with an adapter takes on a GPU while one of a layer's linears is computed: its sums, before they are
+    added up (kernels.fused_lora)."""
+    layers = [layer_spec(model, index) for index in range(model.num_layers)]
+    num_sums = (
+        lora_splits(specs[0].num_inputs) * len(specs) * stacked_rank(adapters, specs)
+        for layer in layers
+        for specs in layer.joined
+    )
+    return max(num_sums, default=0) * torch.float32.itemsize
 
 
 def _cast(adapter: Adapter, module: str, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,10 +68,11 @@ def ignore_load_progress(_progress: LoadProgress) -> None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """config.dtype is the dtype that the decoder computes in."""
+    """config.dtype is the dtype that the decoder computes in; adapters: those that it has, by their numbers."""
 
     decoder: Decoder | NativeDecoder
     config: ModelConfig
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def is_native(self) -> bool:
@@ -141,7 +142,7 @@ def build_model(
         logit_scale=config.logit_scale,
         logit_soft_cap=config.logit_soft_cap,
     )
-    return LoadedModel(decoder, replace(config, dtype=source.dtype))
+    return LoadedModel(decoder, replace(config, dtype=source.dtype), tuple(adapters))
 
 
 @dataclass(frozen=True)

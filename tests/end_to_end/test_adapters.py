@@ -73,5 +73,5 @@ def test_an_adapter_that_cannot_be_served_ends_the_start_with_a_sentence(model: 
     assert "nowhere has no adapter_config.json" in words
     (adapter / "adapter_model.safetensors").unlink()
     status, words = start_and_fail(model, tmp_path, f"a={adapter}")
-    assert status == 1
+    assert status == 2
     assert "has no adapter_model.safetensors: give a directory that PEFT saved an adapter in" in words

@@ -64,9 +64,9 @@ def test_killing_the_server_leaves_no_engine_behind(
 
 
 def refusal_of(*arguments: str) -> str:
-    """What the program prints to say no; it must end by itself, with a status that is not 0, and no traceback."""
+    """What the program prints to say no; it must end by itself, with status 2, and no traceback."""
     result = subprocess.run([str(AWQ_SERVE), *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.split())
 

@@ -162,7 +162,7 @@ def test_an_engine_that_cannot_start_ends_the_server_with_the_reason() -> None:
     thread = threading.Thread(target=lambda: server.run(sockets=[listen("127.0.0.1", 0)]))
     thread.start()
     thread.join(DEADLINE_SECONDS)
-    assert server.failure == "model.safetensors is truncated"
+    assert server.failure == engine.status()
 
 
 def test_an_engine_that_is_given_up_later_ends_the_server_with_the_reason() -> None:
@@ -177,5 +177,5 @@ def test_an_engine_that_is_given_up_later_ends_the_server_with_the_reason() -> N
         wait_until(lambda: server.should_exit)
 
     server = run(engine, give_up)
-    assert server.failure == "it was restarted too often"
+    assert server.failure == EngineStatus("failed", "it was restarted too often", None, None)
     assert engine.stops == [3]

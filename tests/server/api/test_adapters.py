@@ -44,6 +44,17 @@ def test_a_request_chooses_one_by_its_name_and_the_reply_says_so(
     assert [request.adapter for request in engine.requests] == ["sql", "", "", "chat/de"] * 2 + ["sql"]
 
 
+def test_all_choices_of_a_request_are_computed_by_its_adapter(make_app: AppFactory, engine: FakeEngineClient) -> None:
+    completion = {"prompt": ["Hi", "Ho"], "max_tokens": 2, "n": 3, "model": "sql"}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "n": 2, "model": "chat/de"}
+    with client_of(make_app) as client:
+        first = client.post("/v1/completions", json=completion).json()
+        second = client.post("/v1/chat/completions", json=chat).json()
+
+    assert (len(first["choices"]), len(second["choices"])) == (6, 2)
+    assert [request.adapter for request in engine.requests] == ["sql"] * 6 + ["chat/de"] * 2
+
+
 def test_another_name_is_told_which_there_are(make_app: AppFactory) -> None:
     with client_of(make_app) as client:
         reply = client.post("/v1/completions", json={"prompt": "Hi", "model": "nobody"})

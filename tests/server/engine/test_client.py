@@ -250,6 +250,7 @@ def test_a_model_that_cannot_be_loaded_is_told_in_the_childs_words(event_loop: E
 
     status = event_loop.call(scenario())
     assert status.state == "failed"
+    assert status.is_refusal
     assert "no-model" in status.detail
 
 
@@ -278,6 +279,7 @@ def test_an_engine_that_dies_too_often_is_given_up(event_loop: EventLoopThread, 
         status = await client.wait_until_failed()
         assert "restarted too often" in status.detail
         assert status.num_restarts == 1
+        assert not status.is_refusal
         killed = listener.events[2][2]
         assert "SIGKILL" in str(killed)
         assert listener.events == [

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.parity_models import VOCAB_SIZE
 from server.engine import assembly
-from server.engine.config import EngineConfig
+from server.engine.config import AdapterConfig, EngineConfig
 from server.engine.errors import EngineSetupError
 from server.engine.request import GenerationRequest, SamplingParams
+from tests.lora_adapters import save_adapter
 from tests.server.engine.test_speculation_model import CASES, PROMPT, Served, config, quantized
 from tests.server.model.quantized_models import quantize_in_place
 from tests.tiny_models import save_tiny_model
@@ -53,6 +54,34 @@ def test_the_native_kernels_give_each_request_the_bits_it_gets_without_a_draft_m
     assert guessing.num_accepted > 0 or not is_same
     for name in CASES:
         assert guessing.answer(name) == plain.answer(name), name
+
+
+@pytest.mark.usefixtures("cheap")
+def test_guesses_of_the_draft_model_are_checked_by_the_adapter_that_a_request_chose(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    # given two adapters of the model, of which the draft model knows nothing
+    names = ("", "first", "second")
+    adapters = tuple(
+        AdapterConfig(
+            name, str(save_adapter(tmp_path / name, tiny_model, ("q_proj", "down_proj"), seed=seed, alpha=32))
+        )
+        for seed, name in enumerate(names[1:])
+    )
+    kinds = {"greedy": SamplingParams(max_tokens=12, temperature=0.0), "drawn": SamplingParams(max_tokens=12, seed=3)}
+    requests = [
+        GenerationRequest(f"{kind} {name}", PROMPT, params, adapter=name)
+        for name in names
+        for kind, params in kinds.items()
+    ]
+
+    guessing = Served(replace(drafting(tiny_model, tiny_model), adapters=adapters), *requests)
+
+    plain = Served(replace(config(tiny_model, 0), adapters=adapters), *requests)
+    assert guessing.num_accepted > 0
+    tokens = {one.request_id: guessing.answer(one.request_id)[0] for one in requests}
+    assert tokens == {one.request_id: plain.answer(one.request_id)[0] for one in requests}
+    assert len({tuple(tokens[f"greedy {name}"]) for name in names}) == len(names)
 
 
 @pytest.mark.usefixtures("cheap")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.parity_models import FAMILIES, PARITY_MODELS, TinyModel
 from kernels.lora import AdapterRows, plan_rows
 from quant.errors import CheckpointError
 from server.model.adapter import Adapter, open_adapter
-from server.model.adapter_stacks import AdapterStacks, adapter_bytes
+from server.model.adapter_stacks import AdapterStacks, adapter_bytes, adapter_row_bytes
 from server.model.config import read_model_config
 from server.model.decoder import Decoder
 from server.model.expected_tensors import layer_spec
@@ -162,6 +163,16 @@ def test_the_plan_of_memory_is_what_the_stacks_take(llama: Path, adapters: tuple
 
     assert len(made) == len(groups)
     assert adapter_bytes(adapters, config, torch.bfloat16) == sum(stack.down.nbytes + stack.up.nbytes for stack in made)
+
+
+def test_a_rows_sums_count_in_what_a_step_works_on(llama: Path, adapters: tuple[Adapter, ...]) -> None:
+    config = read_model_config(llama)
+    # of one split of K: queries, keys and values, each of a padded rank of 16
+    assert adapter_row_bytes(adapters, config) == 3 * 16 * 4
+    # an MLP of that width is summed in 16 parts, one after the other for its down projection
+    wide = replace(config, intermediate_size=4096)
+    assert adapter_row_bytes(adapters, wide) == 16 * 16 * 4
+    assert adapter_row_bytes((), config) == 0
 
 
 def change_config(directory: Path, **fields: object) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import quant
 from quant.auto_awq import AutoAWQForCausalLM, ModelToQuantize
+from quant.checkpoint.folded_scales import FOLDED_SCALES_FILE, read_folded_scales
 from quant.checkpoint.meta import CheckpointFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import OutputError, QuantError, QuantizationError, RecipeError, SourceError
@@ -61,6 +62,9 @@ def test_both_shapes_give_the_same_bytes(model: ModelToQuantize, tmp_path: Path)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+    # with what is folded into them
+    assert read_folded_scales(tmp_path / "one")
+    assert len({(tmp_path / name / FOLDED_SCALES_FILE).read_bytes() for name in ("one", "two")}) == 1
 
 
 def test_text_may_be_given_first(model: ModelToQuantize, tmp_path: Path) -> None:

@@ -121,7 +121,10 @@ def assemble_engine(
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len, adapters)
     draft = load_draft_model(config, device, dtype, kernels)
-    return wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
+    loop, info = wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
+    notes = tuple(adapter.note for adapter in adapters if adapter.note)
+    doubts = tuple(adapter.doubt for adapter in adapters if adapter.doubt)
+    return loop, replace(info, adapter_notes=notes, adapter_doubts=doubts)
 
 
 def wire_engine(
@@ -155,8 +158,6 @@ def wire_engine(
         sampling_defaults=sampling_defaults,
         kernels=kernels.description,
         adapters=tuple(adapter.name for adapter in config.adapters),
-        adapter_notes=tuple(adapter.note for adapter in model.adapters if adapter.note),
-        adapter_doubts=tuple(adapter.doubt for adapter in model.adapters if adapter.doubt),
     )
     if kernels.native is not None:
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart

@@ -145,7 +145,8 @@ def keep_scales(
 
 def folded_scales(groups: Sequence[ScaleGroup], folded: Mapping[str, FoldedGroup]) -> dict[str, ModuleScales]:
     """What folding the groups has done to the linears that it has changed, by their names in the block."""
-    inputs, divisors = {}, {}
+    inputs: dict[str, Tensor] = {}
+    divisors: dict[str, Tensor] = {}
     for group in groups:
         own = folded[group.observed]
         if bool((own.scale != 1).any()):

@@ -29,6 +29,13 @@ class PagedLayer:
         return self.keys.shape[2]
 
 
+def copy_block(layer: PagedLayer, source: int, target: int) -> None:
+    """Give one block of a layer what another holds."""
+    for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
+        if tensor is not None:
+            tensor[target].copy_(tensor[source])
+
+
 def allocate_layer(
     num_blocks: int, num_kv_heads: int, block_size: int, width: int, *, dtype: torch.dtype, device: torch.device
 ) -> PagedLayer:

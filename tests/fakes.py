@@ -78,6 +78,7 @@ class FakeRunner:
         self._tokens = np.full(num_blocks * block_size, UNWRITTEN, dtype=np.int64)
         self._offsets = np.arange(block_size)
         self.num_tokens_per_step: list[int] = []
+        self.num_copies = 0
         self.failing_request_ids: set[str] = set()
         # the most tokens of a step that the device has memory for; None: of any
         self.memory_tokens: int | None = None
@@ -86,6 +87,10 @@ class FakeRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         sequences, slots = sequence_of_token(plan), self.slots_by_position(plan)
         written = slots[sequences, plan.positions]
+        blocks = self._tokens.reshape(-1, len(self._offsets))
+        for source, target in plan.block_copies:
+            blocks[target] = blocks[source]
+            self.num_copies += 1
         if self.memory_tokens is not None and len(plan.token_ids) > self.memory_tokens:
             # some layers may have written when another finds no room
             self._tokens[written] = UNWRITTEN

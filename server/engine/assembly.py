@@ -163,7 +163,7 @@ def wire_engine(
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
         limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
         speculation = _choose_speculation(config, _NATIVE_ROW_COST)
-        limits = replace(limits, deterministic=False, speculation=speculation)
+        limits = replace(limits, deterministic=False, copies_blocks=True, speculation=speculation)
     drafter = build_drafter(draft, geometry.draft, size, limits, device)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)

@@ -18,6 +18,7 @@ class BlockPool:
         # free blocks that carry a key, the least recently held first
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
+        self._num_uses = [0] * num_blocks
         self._key_of_block: dict[int, bytes] = {}
         self._block_of_key: dict[bytes, int] = {}
 
@@ -32,6 +33,7 @@ class BlockPool:
         blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(num_blocks)]
         for block in blocks:
             self._num_owners[block] = 1
+            self._num_uses[block] += 1
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -64,6 +66,14 @@ class BlockPool:
         if key not in self._block_of_key and block not in self._key_of_block:
             self._block_of_key[key] = block
             self._key_of_block[block] = key
+
+    def key_of(self, block: int) -> bytes | None:
+        """What the block's content is found by, whoever owns it or nobody; None where it is not."""
+        return self._key_of_block.get(block)
+
+    def num_uses_of(self, block: int) -> int:
+        """How often it was allocated: while that stays, what was computed of it is in it."""
+        return self._num_uses[block]
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Take the keys from owned blocks: what they hold is not to be read by anybody else."""

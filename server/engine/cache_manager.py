@@ -2,6 +2,7 @@
 
 import math
 
+from server.engine.block_ends import BlockEnds
 from server.engine.block_pool import BlockPool
 from server.engine.block_tables import BlockTables
 from server.engine.sequence import Sequence
@@ -10,16 +11,27 @@ from server.engine.sequence import Sequence
 class CacheManager:
     """Gives blocks of a pool to sequences, takes them back, and lets others find what they hold."""
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, *, prefix_caching: bool, shared_chunk: int | None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        *,
+        prefix_caching: bool,
+        shared_chunk: int | None,
+        copies_blocks: bool = False,
+    ) -> None:
         """shared_chunk: of a prompt, whole chunks of so many tokens are shared and nothing else; None: any full block.
 
-        max_num_seqs: sequences that are in the tables at once.
+        max_num_seqs: sequences that are in the tables at once. copies_blocks: blocks of which a sequence needs a part
+        are copied for it.
         """
+        assert shared_chunk is None or not copies_blocks, "what is copied was not computed in chunks of its own"
         self.tables = BlockTables(max_num_seqs, pool.block_size)
         self.block_size = pool.block_size
         self._pool = pool
         self._prefix_caching = prefix_caching
         self._shared_chunk = shared_chunk
+        self._ends = BlockEnds(pool) if copies_blocks and prefix_caching else None
 
     def take_cached(self, sequence: Sequence) -> None:
         """Give a sequence without blocks those that hold the beginning of what it knows; one token is left to do."""
@@ -37,6 +49,13 @@ class CacheManager:
         self._pool.release(found[num_blocks:])
         sequence.add_blocks(found[:num_blocks])
         sequence.num_computed = sequence.num_shareable = num_cached
+        if self._ends is not None:
+            wanted = sequence.text[num_cached : sequence.num_known - 1]
+            found_end = self._ends.find(sequence.key_before(num_blocks), wanted)
+            if found_end is not None:
+                block, num_copied = found_end
+                sequence.copied_block = (block, num_blocks)
+                sequence.num_computed += num_copied
 
     def offer(self, sequence: Sequence, num_tokens: int) -> None:
         """Let others find the blocks that are full when this step has computed so many tokens of the sequence.
@@ -57,6 +76,23 @@ class CacheManager:
             for index in range(first, last):
                 self._pool.name(sequence.blocks[index], keys[index])
 
+    def note_ends(self, sequence: Sequence) -> None:
+        """Let others copy the blocks in which its prompt and what is computed of it end, before it is released."""
+        num_computed = min(sequence.num_computed, sequence.num_known)
+        if self._ends is None or not sequence.others_may_read:
+            return
+        for end in {min(sequence.num_prompt, num_computed), num_computed} - {0}:
+            index = (end - 1) // self.block_size
+            tokens = sequence.text[index * self.block_size : min((index + 1) * self.block_size, num_computed)]
+            self._ends.note(sequence.key_before(index), sequence.blocks[index], tokens)
+
+    def take_copy(self, sequence: Sequence) -> tuple[int, int] | None:
+        """The block to copy for a sequence that was just given its blocks, and its own; None without one."""
+        if sequence.copied_block is None:
+            return None
+        (source, index), sequence.copied_block = sequence.copied_block, None
+        return source, sequence.blocks[index]
+
     def allocate_missing(self, sequence: Sequence) -> bool:
         """Blocks for all that the sequence knows and guesses; False, and nothing given, when too few are free."""
         if sequence.num_missing_blocks == 0:
@@ -68,6 +104,7 @@ class CacheManager:
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence that is in no table."""
+        sequence.copied_block = None
         self._pool.release(sequence.take_blocks())
 
     def forget_uncomputed(self, sequence: Sequence) -> None:
@@ -77,4 +114,5 @@ class CacheManager:
 
     def forget(self, sequence: Sequence) -> None:
         """Nobody else is to read what a sequence holds."""
+        sequence.others_may_read = False
         self._pool.forget(sequence.blocks)

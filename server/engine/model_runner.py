@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.paged_batch import PagedLayer
+from kernels.paged_batch import PagedLayer, copy_block
 from server.engine.logprobs import collect_logprobs
 from server.engine.request import TokenLogprob
 from server.engine.sampler import sample
@@ -41,6 +41,9 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's tokens and draw one token for each of its sampling rows."""
+        for source, target in plan.block_copies:
+            for layer in self._kv_layers:
+                copy_block(layer, source, target)
         runs = group_sequences(plan, self._max_rows_together)
         parts = [self._compute(plan, sequences) for sequences in runs]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,7 +11,12 @@ from server.engine.step_plan import PromptLogprobRows, SamplingRow, StepPlan, To
 from server.engine.structured_output import TokenMask
 
 
-def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started: tuple[str, ...]) -> StepPlan:
+def build_plan(
+    num_tokens: Mapping[Sequence, int],
+    tables: BlockTables,
+    started: tuple[str, ...],
+    block_copies: tuple[tuple[int, int], ...] = (),
+) -> StepPlan:
     """The step that computes the next num_tokens[sequence] tokens of each sequence, in the mapping's order.
 
     Guesses of a sequence are among them, and a token is drawn after each: as if those before it were the output.
@@ -39,6 +44,7 @@ def build_plan(num_tokens: Mapping[Sequence, int], tables: BlockTables, started:
         ),
         started=started,
         adapters=adapters if any(adapters) else (),
+        block_copies=block_copies,
     )
 
 

@@ -40,6 +40,7 @@ class SchedulerLimits:
     prefix_caching: a prompt that begins as an earlier one did, and has its salt, starts where that one's blocks end.
     deterministic: nothing is read that was not computed as the request alone would have computed it. Of a prompt,
     whole chunks are shared and nothing else; output is recomputed token by token. Takes a prefill_chunk.
+    copies_blocks: where a prompt's beginning ends inside of a block, that block is copied. Not where deterministic.
     speculation: None for none.
     """
 
@@ -48,6 +49,7 @@ class SchedulerLimits:
     prefill_chunk: int | None = None
     prefix_caching: bool = True
     deterministic: bool = False
+    copies_blocks: bool = False
     speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class Scheduler:
             limits.max_num_seqs,
             prefix_caching=limits.prefix_caching,
             shared_chunk=limits.prefill_chunk if limits.deterministic else None,
+            copies_blocks=limits.copies_blocks,
         )
         self._output = OutputTokens()
         self._sequences: dict[str, Sequence] = {}
@@ -301,6 +304,7 @@ class Scheduler:
         return victims
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._cache.note_ends(sequence)
         self._stop_running(sequence)
         self._waiting.put_back(sequence)
         sequence.num_preemptions += 1
@@ -316,6 +320,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:
+            self._cache.note_ends(sequence)
             self._stop_running(sequence)
         else:
             self._waiting.remove(sequence)
@@ -330,7 +335,9 @@ class Scheduler:
             sequence.was_started = True
             if sequence.num_preemptions == 0:
                 sequence.num_cached_prompt = sequence.num_computed
-        return build_plan(num_tokens, self._cache.tables, tuple([sequence.request_id for sequence in first_time]))
+        copies = [copy for sequence in self._admitted if (copy := self._cache.take_copy(sequence)) is not None]
+        started = tuple([sequence.request_id for sequence in first_time])
+        return build_plan(num_tokens, self._cache.tables, started, tuple(copies))
 
 
 def _priority(sequence: Sequence) -> int:

@@ -37,6 +37,10 @@ class Sequence:
         self.num_computed = 0
         # the leading tokens whose keys and values other requests may read
         self.num_shareable = 0
+        # whether what it holds may be found by others when it is released
+        self.others_may_read = True
+        # a block of others that is to be copied when it is admitted, and which of its own that will be
+        self.copied_block: tuple[int, int] | None = None
         # of the prompt, when the request first ran
         self.num_cached_prompt = 0
         self.num_preemptions = 0
@@ -102,6 +106,11 @@ class Sequence:
             tokens = self._token_ids[start : start + self._block_size].tobytes()
             self._block_keys.append(hashlib.sha256(b"%d:%b%b" % (len(before), before, tokens)).digest())
         return self._block_keys[:num_blocks]
+
+    def key_before(self, index: int) -> bytes:
+        """The key of all that stands before its block of that index, which is known whole."""
+        keys = self.block_keys(index * self._block_size)
+        return keys[-1] if keys else self.request.cache_root.encode()
 
     def choose_draft_length(self, longest: int, cost: DraftCost) -> int:
         """How many guesses, up to longest, are worth their cost: see `DraftLength.choose`."""

@@ -58,6 +58,7 @@ class StepPlan:
     token_ids, positions: int64 [T]. query_starts: int32 [B + 1]. context_lens: int32 [B], with this step's tokens.
     block_tables: int32 [B, max_blocks], padded with 0. started: the requests that are in a step for the first time.
     adapters: of each sequence, empty for none; no names at all where no sequence has one.
+    block_copies: (from, to) blocks of all layers, to be copied in this order before anything is computed.
     """
 
     request_ids: tuple[str, ...]
@@ -70,6 +71,7 @@ class StepPlan:
     prompt_logprob_rows: tuple[PromptLogprobRows, ...] = ()
     started: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -121,3 +121,67 @@ def test_a_preempted_request_goes_on_from_what_is_left_of_it() -> None:
         plain.loop.submit(request(f"r{index}", num_prompt=3 + index, max_tokens=45))
     plain.run_to_end()
     assert with_cache < sum(plain.runner.num_tokens_per_step)
+
+
+def copying_simulation() -> Simulation:
+    return Simulation(40, 4, SchedulerLimits(8, 24, copies_blocks=True))
+
+
+@pytest.mark.parametrize("num_prompt", [16, 17, 18, 19, 3])
+def test_of_a_prompt_that_comes_again_only_the_last_token_is_computed(num_prompt: int) -> None:
+    # given prompts that end at the end of a block and inside of one
+    engine = copying_simulation()
+    for name in ("first", "again"):
+        engine.loop.submit(request(name, num_prompt, max_tokens=3))
+        engine.run_to_end()
+    assert engine.events["again"][0].num_cached_tokens == num_prompt - 1
+    assert engine.runner.num_tokens_per_step[-3:] == [1, 1, 1]
+    assert engine.output("again") == engine.output("first")
+
+
+def test_a_conversation_goes_on_inside_of_a_block() -> None:
+    engine = copying_simulation()
+    engine.loop.submit(request("turn 1", num_prompt=9, max_tokens=8))
+    engine.run_to_end()
+    history = (*request("", 9, 8).prompt_token_ids, *engine.output("turn 1"))
+    second = GenerationRequest("turn 2", (*history, 7), SamplingParams(max_tokens=2))
+    engine.loop.submit(second)
+    engine.run_to_end()
+    # then of 18 tokens 16 were computed: the last token of an answer never is
+    assert engine.events["turn 2"][0].num_cached_tokens == 16
+    assert engine.output("turn 2") == expected_output(second)
+
+
+def test_prompts_that_part_inside_of_a_block_share_what_stands_before() -> None:
+    engine = copying_simulation()
+    engine.loop.submit(GenerationRequest("first", (*range(18), 900, 901), SamplingParams(max_tokens=2)))
+    engine.run_to_end()
+    second = GenerationRequest("second", (*range(18), 902, 903), SamplingParams(max_tokens=2))
+    engine.loop.submit(second)
+    engine.run_to_end()
+    assert engine.events["second"][0].num_cached_tokens == 18
+    assert engine.output("second") == expected_output(second)
+
+
+def test_a_part_of_a_block_is_no_other_tenants_and_no_failed_requests() -> None:
+    engine = copying_simulation()
+    engine.runner.failing_request_ids.add("sick")
+    for name, salt in (("sick", ""), ("well", ""), ("stranger", "salt")):
+        prompt = request(name, num_prompt=6).prompt_token_ids
+        engine.loop.submit(GenerationRequest(name, prompt, SamplingParams(max_tokens=2), cache_salt=salt))
+        engine.run_to_end()
+        assert engine.events[name][0].num_cached_tokens == 0
+
+
+def test_a_step_that_failed_copied_nothing_that_counts() -> None:
+    # given prompts that are to be copied, in a step that the device has no memory for
+    engine = copying_simulation()
+    engine.loop.submit(request("first", num_prompt=19, max_tokens=3))
+    engine.run_to_end()
+    engine.runner.memory_tokens = 1
+    for name in ("again", "and again"):
+        engine.loop.submit(request(name, num_prompt=19, max_tokens=3))
+    engine.run_to_end()
+    assert engine.scheduler.stats().num_out_of_memory > 0
+    for name in ("again", "and again"):
+        assert engine.output(name) == engine.output("first")

@@ -29,8 +29,10 @@ NUM_REQUESTS = 8_334
         (7, 40, 4, SchedulerLimits(8, 8, prefill_chunk=1)),
         (8, 300, 16, SchedulerLimits(32, 512, prefill_chunk=16)),
         (9, 40, 4, SchedulerLimits(8, 40, prefix_caching=False)),
-        (10, 40, 4, SchedulerLimits(8, 40, prefill_chunk=8, deterministic=True)),
-        (11, 15, 4, SchedulerLimits(8, 24, prefill_chunk=6, deterministic=True)),
+        (11, 15, 4, SchedulerLimits(8, 24, copies_blocks=True)),
+        (12, 20, 16, SchedulerLimits(16, 100, prefill_chunk=16, copies_blocks=True)),
+        (13, 40, 4, SchedulerLimits(8, 40, prefill_chunk=8, deterministic=True)),
+        (14, 15, 4, SchedulerLimits(8, 24, prefill_chunk=6, deterministic=True)),
     ],
 )
 def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
@@ -48,6 +50,7 @@ def test_whatever_the_batching_each_request_gets_what_it_gets_alone(
     assert stats.num_out_of_memory > 0
     assert (stats.cached_prompt_tokens > 0) == limits.prefix_caching
     assert (stats.num_preemptions > 0) == (num_blocks < 300)
+    assert (engine.runner.num_copies > 0) == limits.copies_blocks
     for journey in journeys:
         check_events(engine, journey)
     reasons = Counter(journey.finish_reason for journey in journeys)

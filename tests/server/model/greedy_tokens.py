@@ -19,9 +19,9 @@ from tests.paged_cache import Chunk, build_batch, build_positions
 from tests.tiny_models import VOCAB_SIZE
 
 BLOCK_SIZE = 16
-PROMPT_LENS = (21, 1, 9)
+PROMPT_LENS = (26, 1, 9)
 BLOCKS_PER_SEQUENCE = 3
-NUM_NEW_TOKENS = 6
+NUM_NEW_TOKENS = 3
 
 
 @dataclass(frozen=True)

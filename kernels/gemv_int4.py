@@ -11,7 +11,7 @@ from kernels.int4_operands import LinearOperands, check_linear, whole_blocks
 from kernels.int4_tile import multiply_blocks, store_tile
 from kernels.launch import FUSE_FLOATS, IS_INTERPRETED
 from kernels.layout import PackedWeight
-from kernels.tiles import COPY_WARPS, SUM_COLUMNS, few_rows_tile, num_splits
+from kernels.tiles import COPY_WARPS, FEW_ROWS_MAX_REGISTERS, SUM_COLUMNS, few_rows_tile, num_splits
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
@@ -120,6 +120,7 @@ def gemv_int4(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Te
         INTERPRETED=IS_INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=FEW_ROWS_MAX_REGISTERS.get((operands.arch, weight.group_size, tile.num_rows)),
         enable_fp_fusion=FUSE_FLOATS,
     )
     if is_split:

@@ -11,6 +11,7 @@ from kernels.tiles import (
     COPY_WARPS,
     DENSE_BLOCK,
     DEQUANTIZING_WARPS,
+    FEW_ROWS_MAX_REGISTERS,
     FEW_ROWS_TILES,
     MAX_REGISTERS,
     MIN_GROUPED_ROWS,
@@ -105,7 +106,8 @@ def few_rows_variant(arch: int, tile: LinearTile, weights: Weights, *, is_split:
     out = "*fp32:16" if is_split else f"*{weights.dtype}:16"
     bias = {} if is_split else {"bias_ptr": f"*{weights.dtype}:16"}
     label = "parts" if is_split else "direct"
-    return _linear_variant("gemv_int4_kernel", arch, tile, weights, {"out_ptr": out, **bias}, label)
+    variant = _linear_variant("gemv_int4_kernel", arch, tile, weights, {"out_ptr": out, **bias}, label)
+    return replace(variant, max_registers=FEW_ROWS_MAX_REGISTERS.get((arch, weights.group_size, tile.num_rows)))
 
 
 def many_rows_variant(arch: int, tile: LinearTile, weights: Weights) -> Variant:

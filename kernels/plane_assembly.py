@@ -1,17 +1,17 @@
 """PTX that turns packed codes into weights: two neighbouring int16 words of a lane to two registers of two weights.
 
 Operands: $0, $1 the planes' weights (code - zero point, in WEIGHT_UNITS) as fp16 or bf16 pairs; $2 two words; $3 the
-low plane's (scale, zero point) pair, which $4 repeats; $5 the high plane's, which $6 repeats. Or-ing a small integer
-q into the bits of 1024 (fp16) or 128 (bf16) gives the number 1024 + q or 128 + q; fp16 also has room for 1024 + 16 q,
-which saves shifts. In bf16 a nibble at bits 4 to 7 reaches into the exponent; but with nothing else in it, the number
-is 16 q * 2**-133, because the subnormal numbers and the first normal ones are evenly spaced, and PTX keeps subnormal
-operands of bf16. Every step is exact: the integers are below 2048 (fp16) or 256 (bf16).
+low plane's (scale, zero point) pair, which $4 repeats; $5 the high plane's, which $6 repeats. In fp16, or-ing a small
+integer q into the bits of 1024 gives the number 1024 + q, and there is room for 1024 + 16 q, which saves shifts. bf16
+has room for one nibble and not for the next. But with nothing else in a half, a nibble at bits 0 to 3 is the number
+q * 2**-133 and one at bits 4 to 7 is 16 q * 2**-133, although the second reaches into the exponent: the subnormal
+numbers and the first normal ones are evenly spaced, and PTX keeps subnormal operands of bf16. Every step is exact: the
+integers are below 2048 (fp16) or 256 (bf16).
 """
 
 # or-ed to the nibbles of two words; 0xEA is the truth table of (a & b) | c
 FP16_LOW = "lop3.b32 u, t, 0x000F000F, 0x64006400, 0xEA;"
 FP16_HIGH = "lop3.b32 u, t, 0x00F000F0, 0x64006400, 0xEA;"
-BF16_LOW = "lop3.b32 u, t, 0x000F000F, 0x43004300, 0xEA;"
 
 
 def _zero_point(operand: str) -> list[str]:
@@ -37,23 +37,26 @@ def _fp16_nibbles(pair: int) -> list[str]:
 
 
 def _bf16_nibbles(pair: int) -> list[str]:
-    """A quarter of the weights: the largest power of two that a number of bf16 is multiplied with allows no more."""
+    """In 64ths: the largest power of two that a number of bf16 is multiplied with allows no more for the low nibble."""
     return [
         f"shr.u32 t, $2, {8 * pair};",
-        # a zero point's byte under the exponent of -(32 + zero point / 4)
-        "prmt.b32 z, $3, 0xC2C2C2C2, 0x4242;",
-        BF16_LOW,
-        "mov.b32 c, 0x3E803E80;",
-        # (128 + q) / 4 - (32 + zero point / 4)
-        "fma.rn.bf16x2 $0, u, c, z;",
-        "prmt.b32 z, $5, 0xC2C2C2C2, 0x4242;",
-        "mov.b32 u, 0x3F803F80;",
-        "mov.b32 c, 0x42004200;",
+        # q * 2**-133 * 2**127, and 16 q * 2**-133 * 2**123
+        *_bf16_nibble("0x000F000F", "0x7F007F00", "$3", "$0"),
+        *_bf16_nibble("0x00F000F0", "0x7D007D00", "$5", "$1"),
+    ]
+
+
+def _bf16_nibble(mask: str, factor: str, operand: str, out: str) -> list[str]:
+    return [
+        # the bits of fp16's 1024 + zero point are bf16's 2**73 * (1 + zero point / 128)
+        *_zero_point(operand),
+        "mov.b32 u, 0x9B809B80;",
+        "mov.b32 c, 0x40004000;",
+        # times -2**-72, plus 2: -zero point / 64
         "fma.rn.bf16x2 z, z, u, c;",
-        "and.b32 u, t, 0x00F000F0;",
-        "mov.b32 c, 0x7F007F00;",
-        # 16 q * 2**-133 * 2**127 - zero point / 4
-        "fma.rn.bf16x2 $1, u, c, z;",
+        f"and.b32 u, t, {mask};",
+        f"mov.b32 c, {factor};",
+        f"fma.rn.bf16x2 {out}, u, c, z;",
     ]
 
 
@@ -91,4 +94,4 @@ PLANE_ASSEMBLY = {
 }
 
 # (dtype, bits) -> what the weights are multiplied with once their products are summed, to be code - zero point
-WEIGHT_UNITS = {("fp16", 4): 1.0, ("bf16", 4): 4.0, ("fp16", 8): 1.0, ("bf16", 8): 1.0}
+WEIGHT_UNITS = {("fp16", 4): 1.0, ("bf16", 4): 64.0, ("fp16", 8): 1.0, ("bf16", 8): 1.0}

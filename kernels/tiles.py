@@ -135,10 +135,10 @@ _SMALL_GROUP_MANY_ROWS_TILES = {
 MAX_REGISTERS = {86: 255, 89: 255, 120: 255}
 # by architecture, group size and rows, where that is not enough
 _SMALL_GROUP_GROUPED_TILES = {
-    **{(arch, 32, 64): LinearTile(num_rows=64, num_columns=32, num_warps=4, num_stages=3) for arch in (86, 89, 120)},
-    (80, 32, 16): LinearTile(num_rows=16, num_columns=128, num_warps=8, num_stages=4),
-    (80, 32, 32): LinearTile(num_rows=32, num_columns=64, num_warps=4, num_stages=4),
+    (arch, 32, 64): LinearTile(num_rows=64, num_columns=32, num_warps=4, num_stages=3) for arch in (86, 89, 120)
 }
+# of a thread of the few-row kernel, by architecture, group size and rows of the tile
+FEW_ROWS_MAX_REGISTERS = {(80, 32, 16): 255}
 
 # inputs that a program over experts which are not quantized multiplies a step
 DENSE_BLOCK = 64

@@ -23,7 +23,7 @@ def capped(scores: tl.tensor, score_scale: tl.tensor, soft_cap: tl.tensor) -> tl
     """
     if soft_cap is not None:
         scores = soft_cap - 2.0 * soft_cap / (tl.exp2(scores * score_scale) + 1.0)
-        score_scale = soft_cap * 0.0 + 1.0
+        score_scale = tl.full((), 1.0, tl.float32)
     return scores, score_scale
 
 

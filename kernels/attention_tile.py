@@ -167,7 +167,8 @@ def load_scales(
     ptr: tl.tensor, first: tl.tensor, rows: tl.tensor, inside: tl.tensor, MASKED: tl.constexpr
 ) -> tl.tensor:
     """The scales of rows first + rows; 1 outside."""
-    return tl.load(ptr + first + rows, mask=inside, other=1.0) if MASKED else tl.load(ptr + first + rows)
+    places = ptr + (first + rows)
+    return tl.load(places, mask=inside, other=1.0) if MASKED else tl.load(places)
 
 
 @triton.jit

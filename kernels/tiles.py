@@ -165,6 +165,8 @@ _WIDE_DECODE_TILE = AttentionTile(num_rows=8, num_keys=32, num_warps=8, num_stag
 _PREFILL_TILE = AttentionTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2, max_registers=255)
 _SMALL_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=4, num_stages=2, max_registers=255)
 _WIDE_PREFILL_TILE = AttentionTile(num_rows=64, num_keys=32, num_warps=8, num_stages=2, max_registers=255)
+# four warps multiply 64 rows with one instruction on sm90, and eight with twice as many
+_WIDE_PREFILL_TILES = {90: _SMALL_PREFILL_TILE}
 # cached tokens that one decode program reads; fixed, so that a sequence's sum never depends on its neighbours
 SPAN_TOKENS = 512
 
@@ -273,10 +275,10 @@ def prefill_tile(arch: int, width: int, group: int) -> AttentionTile:
     """The tile of prefill for heads of this width, `group` query heads a key head.
 
     Half the keys where registers do not hold more: always on desktop GPUs, and elsewhere with the masks of padded heads
-    or the indices of larger groups. More warps where a head is wide.
+    or the indices of larger groups. Where a head is wide, more warps on most of them.
     """
     if width > 128:
-        return _WIDE_PREFILL_TILE
+        return _WIDE_PREFILL_TILES.get(arch, _WIDE_PREFILL_TILE)
     is_small = arch in (86, 89, 120) or group > 4 or width != head_tile(width)
     return _SMALL_PREFILL_TILE if is_small else _PREFILL_TILE
 

@@ -1,6 +1,7 @@
-"""Instructions per weight of the INT4 loops, beside a plain kernel's, from machine code; no GPU is needed.
+"""Instructions per weight of the INT4 loops, beside a plain kernel's and gemlite's, from machine code, without a GPU.
 
-`python -m benchmarks.instructions` prints the table; `--write` puts it into docs/performance.md.
+`python -m benchmarks.instructions` prints the table; `--write` puts it into docs/performance.md. gemlite's rows need
+gemlite: in a directory of its own on PYTHONPATH is enough.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import triton
 
+from benchmarks import gemlite_kernel
 from benchmarks.plain_int4 import plain_int4_kernel
 from kernels.compile import compile_kernel, compile_variant
 from kernels.linear_variants import WEIGHTS, few_rows_variant
@@ -74,7 +76,18 @@ def measure(arch: int, num_rows: int) -> list[Cell]:
         for dtype, weights in KINDS.items()
     ]  # fmt: skip
     plain = compile_kernel(plain_int4_kernel, plain_variant_of(arch, num_rows)).cost
-    return [*cells, Cell("shift and mask, fp16", arch, num_rows, plain)]
+    cells.append(Cell("shift and mask, fp16", arch, num_rows, plain))
+    if arch in gemlite_kernel.TUNED_GPUS and gemlite_kernel.is_installed():
+        cells.append(Cell("gemlite, fp16", arch, num_rows, _measure_gemlite(arch, num_rows)))
+    return cells
+
+
+def _measure_gemlite(arch: int, num_rows: int) -> float | None:
+    """None for one row, which it multiplies without tensor cores: the counter finds loops by them."""
+    if num_rows == 1:
+        return None
+    variant = gemlite_kernel.variant_of(arch, num_rows, GROUP_SIZE)
+    return compile_kernel(gemlite_kernel.load_kernel(arch), variant).cost
 
 
 def format_table(cells: Sequence[Cell]) -> str:
@@ -84,7 +97,7 @@ def format_table(cells: Sequence[Cell]) -> str:
         f"|---|---|{'---:|' * len(ROWS)}",
     ]
     for row in dict.fromkeys(cell.row for cell in cells):
-        for arch in ARCHS:
+        for arch in dict.fromkeys(cell.arch for cell in cells if cell.row == row):
             costs = {cell.num_rows: cell.cost for cell in cells if (cell.row, cell.arch) == (row, arch)}
             figures = " | ".join("none" if costs[rows] is None else f"{costs[rows]:.2f}" for rows in ROWS)
             lines.append(f"| {row} | sm{arch} | {figures} |")
@@ -96,6 +109,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT}")
     options = parser.parse_args(arguments)
+    if options.write and not gemlite_kernel.is_installed():
+        parser.error("--write needs gemlite, or its rows would be lost: pip install --no-deps --target DIR gemlite")
     pairs = [(arch, rows) for arch in ARCHS for rows in ROWS]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         cells = [cell for found in pool.map(measure, *zip(*pairs, strict=True)) for cell in found]

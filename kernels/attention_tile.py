@@ -63,8 +63,9 @@ def attend_tile(
     else:
         low, high = split_words(keys, CODES, INTERPRETED)
         scores = multiply(high, query_high, multiply(low, query, None, KEYS_FIRST), KEYS_FIRST)
-        key_scales = load_scales(key_scales_ptr, first, rows, inside, MASKED)
-        value_scales = load_scales(value_scales_ptr, first, rows, inside, MASKED)
+        IS_CROWDED: tl.constexpr = TILE_WIDTH > 128 and not KEYS_FIRST
+        key_scales = load_scales(key_scales_ptr, first, rows, inside, MASKED, IS_CROWDED)
+        value_scales = load_scales(value_scales_ptr, first, rows, inside, MASKED, IS_CROWDED)
         scores *= tl.expand_dims(key_scales, ROW_AXIS)
     scores, score_scale = capped(scores, score_scale, soft_cap)
     if MASKED:
@@ -164,11 +165,16 @@ def load_rows(
 
 @triton.jit
 def load_scales(
-    ptr: tl.tensor, first: tl.tensor, rows: tl.tensor, inside: tl.tensor, MASKED: tl.constexpr
+    ptr: tl.tensor,
+    first: tl.tensor,
+    rows: tl.tensor,
+    inside: tl.tensor,
+    MASKED: tl.constexpr,
+    IS_CROWDED: tl.constexpr,
 ) -> tl.tensor:
-    """The scales of rows first + rows; 1 outside."""
-    places = ptr + (first + rows)
-    return tl.load(places, mask=inside, other=1.0) if MASKED else tl.load(places)
+    """The scales of rows first + rows; 1 outside. IS_CROWDED: whether no register is left to keep ptr + rows in."""
+    ptrs = ptr + (first + rows) if IS_CROWDED else ptr + first + rows
+    return tl.load(ptrs, mask=inside, other=1.0) if MASKED else tl.load(ptrs)
 
 
 @triton.jit

@@ -66,16 +66,23 @@ def prefill_kernel(
     head_slots = kv_head.to(tl.int64) * BLOCK_SIZE
     WORD_WIDTH: tl.constexpr = HEAD_WIDTH if CODES is None else HEAD_WIDTH // 2
     width = tl.arange(0, TILE_WIDTH)
-    elements = tl.load(head_ptrs + width[None, :], mask=real[:, None] & (width < HEAD_WIDTH)[None, :], other=0.0)
+    mask = real[:, None] & (width < HEAD_WIDTH)[None, :]
     if CODES is None:
-        query = operand(elements, INTERPRETED)
+        query = operand(tl.load(head_ptrs + width[None, :], mask=mask, other=0.0), INTERPRETED)
         query_high = query
     else:
-        numbers = elements.to(tl.float32)
-        unit = power_of_two_below(tl.max(tl.abs(numbers), 1))[:, None]
-        even, odd = tl.split(tl.reshape((numbers / unit).to(tl.float16), (TILE_ROWS, TILE_WIDTH // 2, 2)))
-        query = operand(even, INTERPRETED)
-        query_high = operand(odd, INTERPRETED)
+        if TILE_WIDTH > 128:
+            numbers = tl.load(head_ptrs + width[None, :], mask=mask, other=0.0).to(tl.float32)
+            unit = power_of_two_below(tl.max(tl.abs(numbers), 1))[:, None]
+            even, odd = tl.split(tl.reshape((numbers / unit).to(tl.float16), (TILE_ROWS, TILE_WIDTH // 2, 2)))
+        else:
+            word = tl.arange(0, TILE_WIDTH // 2)
+            mask = real[:, None] & (word < HEAD_WIDTH // 2)[None, :]
+            even = tl.load(head_ptrs + 2 * word[None, :], mask=mask, other=0.0).to(tl.float32)
+            odd = tl.load(head_ptrs + 2 * word[None, :] + 1, mask=mask, other=0.0).to(tl.float32)
+            unit = power_of_two_below(tl.maximum(tl.max(tl.abs(even), 1), tl.max(tl.abs(odd), 1)))[:, None]
+            even, odd = even / unit, odd / unit
+        query, query_high = operand(even.to(tl.float16), INTERPRETED), operand(odd.to(tl.float16), INTERPRETED)
         score_scale = unit * (score_scale * CODE_UNIT)
         key_scales_ptr += head_slots
         value_scales_ptr += head_slots
@@ -111,14 +118,14 @@ def prefill_kernel(
         CODES,
         INTERPRETED,
     )
-    # read again: what a row is need not stay in registers through the loop, which has none to spare with wide heads
-    first_token = tl.load(query_starts_ptr + sequence, volatile=True)
-    query_len = tl.load(query_starts_ptr + sequence + 1, volatile=True) - first_token
-    tokens = (first_token + query_tokens).to(tl.int64)
-    real = (rows < TILE_TOKENS * GROUP) & (query_tokens < query_len)
+    if TILE_WIDTH > 128:  # read again, as no register is left to keep it in through the loop
+        first_token = tl.load(query_starts_ptr + sequence, volatile=True)
+        query_len = tl.load(query_starts_ptr + sequence + 1, volatile=True) - first_token
+        real = (rows < TILE_TOKENS * GROUP) & (query_tokens < query_len)
     # rows that only pad the tile may have seen nothing; they are not stored
     result = total * CODE_UNIT / tl.where(real, weight_sum, 1.0)[:, None]
-    out_offsets = (tokens * tl.num_programs(1) * GROUP + heads)[:, None] * HEAD_WIDTH + width[None, :]
+    out_heads = (first_token + query_tokens).to(tl.int64) * tl.num_programs(1) * GROUP + heads
+    out_offsets = out_heads[:, None] * HEAD_WIDTH + width[None, :]
     out_mask = real[:, None] & (width < HEAD_WIDTH)[None, :]
     tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=out_mask)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import triton.language as tl
 from triton.runtime import JITFunction
 
 DType = Literal["fp16", "bf16"]
@@ -45,7 +46,7 @@ class Variant:
     arch: int
     label: str
     arguments: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, int | bool | str | None], ...]
+    constants: tuple[tuple[str, int | bool | str | tl.dtype | None], ...]
     num_warps: int
     num_stages: int
     loop: LoopRules | None

@@ -20,6 +20,7 @@ from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.tensor_files import INDEX_FILE
 from quant.checkpoint.writer import CheckpointWriter, check_place
 from quant.dense_checkpoint import load_dense
+from quant.device_name import DeviceName
 from quant.errors import QuantizationError, RecipeError
 from quant.model_card import CARD_FILE, model_card, read_licence
 from quant.pipeline import quantize
@@ -45,7 +46,6 @@ _CPU = Foreign((None, "cpu"), "the model is held on the CPU; leave it out")
 LOADING_OPTIONS = {
     "trust_remote_code": _NO_CODE,
     "safetensors": _NO_PICKLE,
-    "device_map": _CPU,
     "torch_dtype": Foreign(("auto",), "calibration is in float32 whatever the weights' dtype; leave it out"),
     "low_cpu_mem_usage": Foreign((True,), "leave it out"),
     "use_cache": Foreign((False,), "calibration needs no cache; leave it out"),
@@ -80,16 +80,19 @@ class AutoAWQForCausalLM:
     """The two ways in: an original to quantize, and a checkpoint to run."""
 
     @staticmethod
-    def from_pretrained(model_path: str | Path, **options: object) -> "ModelToQuantize":
+    def from_pretrained(
+        model_path: str | Path, *, device_map: str | None = None, **options: object
+    ) -> "ModelToQuantize":
         """The original, a directory, a .gguf file or a hub name; its weights are read when it is quantized.
 
-        Raises SourceError or CheckpointError when it cannot be quantized, RecipeError for an option there is not.
+        device_map: where that is done: "cuda", "cpu", or "auto" (and None) for a GPU with room, else the CPU. Raises
+        SourceError or CheckpointError when it cannot be quantized, RecipeError for an option there is not.
         """
         _refuse("from_pretrained", options, LOADING_OPTIONS)
         path = resolve_model(str(model_path))
         if path.is_dir():
             check_directory(path)
-        return ModelToQuantize(path)
+        return ModelToQuantize(path, _device(device_map))
 
     @staticmethod
     def from_quantized(quant_path: str | Path, **options: object) -> PreTrainedModel:
@@ -108,9 +111,10 @@ class AutoAWQForCausalLM:
 class ModelToQuantize:
     """An original: quantized by `quantize`, written by `save_quantized`. report: what the quantization found out."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: DeviceName) -> None:
         self.report: Report | None = None
         self._path = path
+        self._device = device
         # the checkpoint waits here (under TMPDIR) until it is told where to go; gone with this object
         self._folder = tempfile.TemporaryDirectory(prefix="awq-serve-")
         self._num_made = 0
@@ -150,6 +154,7 @@ class ModelToQuantize:
             calibration=self._calibration(calib_data),
             num_samples=max_calib_samples,
             sample_tokens=max_calib_seq_len,
+            device=self._device,
         )
         self.report = None
         self._num_made += 1
@@ -212,6 +217,18 @@ def _refuse(function: str, options: Mapping[str, object], known: Mapping[str, Fo
             raise RecipeError(f"{function}() has no option {name}; leave it out")
         if value not in known[name].harmless:
             raise RecipeError(f"{function}({name}={value!r}) is not supported: {known[name].advice}")
+
+
+def _device(device_map: object) -> DeviceName:
+    """Raises RecipeError for a map that spreads the modules, as one block at a time is on a device here."""
+    if device_map is None:
+        return DeviceName.AUTO
+    if not isinstance(device_map, str) or device_map not in list(DeviceName):
+        raise RecipeError(
+            f"from_pretrained(device_map={device_map!r}) is not supported: one block at a time is on the device; give "
+            f"{', '.join(DeviceName)}"
+        )
+    return DeviceName(device_map)
 
 
 def _merge(config: Mapping[str, object], keywords: Mapping[str, object]) -> dict[str, object]:

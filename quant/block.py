@@ -137,7 +137,8 @@ def keep_scales(
     """The groups as they are with nothing folded, whatever was chosen, by observed module."""
     folded = {}
     for group in groups:
-        ones = torch.ones(linear_of(block, group.linears[0]).in_features)
+        first = linear_of(block, group.linears[0])
+        ones = first.weight.new_ones(first.in_features)
         identity = replace(choices[group.observed], candidate=ScaleCandidate(IDENTITY, ones))
         folded[group.observed] = FoldedGroup(identity, ones)
     return folded

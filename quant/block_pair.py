@@ -2,16 +2,19 @@
 
 Much of a quantization's time are runs of blocks. The original never changes, so it is run once and its weights need
 not stay; and in the other nothing does that lies before what is left to round: what modules read there is kept. What
-linears read is kept no finer than their products read it, so all runs are to be those of `fast_products`.
+linears read is kept no finer than their products read it, so all runs are to be those of `fast_products`. It is kept
+on the host, and told where the block is.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from quant.capture import BlockInput, Chunks, ClosedChild, Observation, observe, run_block
+from quant.device import device_of
 from quant.fast_products import product_dtype
 from quant.kept_states import KeptChunks
 from quant.kept_tensors import KeptTensors, Scratch
@@ -21,8 +24,10 @@ from quant.residual import BLOCK
 class OriginalBlock:
     """What a block did as the source has it, with the chunks that go into it: all that is ever asked of it is kept."""
 
-    def __init__(self, scratch: Scratch) -> None:
+    def __init__(self, device: torch.device, scratch: Scratch) -> None:
+        """device: where the block is."""
         self.outputs = KeptChunks(scratch)
+        self._device = device
         self._tensors = KeptTensors(scratch)
         self._places: list[dict[tuple[str, str], int]] = []
 
@@ -37,7 +42,7 @@ class OriginalBlock:
         scratch: Scratch,
     ) -> "OriginalBlock":
         """Run the block of that index in the model, and note what the named modules read and gave in each chunk."""
-        original = cls(scratch)
+        original = cls(device_of(block), scratch)
         for chunk in chunks:
             seen = observe(block, index, chunk, inputs, {BLOCK, *outputs})
             original.outputs.append(BlockInput(seen.outputs[BLOCK].view_as(chunk.hidden), chunk.contexts))
@@ -51,8 +56,12 @@ class OriginalBlock:
         """What the named modules read and gave in that chunk; `run` was told of all of them."""
         places = self._places[number]
         return Observation(
-            {name: self._tensors[places["read", name]].float() for name in inputs if ("read", name) in places},
-            {name: self._output(number, name) for name in outputs},
+            {
+                name: self._tensors[places["read", name]].to(self._device).float()
+                for name in inputs
+                if ("read", name) in places
+            },
+            {name: self._output(number, name).to(self._device) for name in outputs},
         )
 
     def _output(self, number: int, name: str) -> Tensor:
@@ -69,7 +78,8 @@ class OriginalBlock:
 
 
 def _shortened(block: nn.Module, name: str, states: Tensor) -> Tensor:
-    return states.to(product_dtype()) if isinstance(block.get_submodule(name), nn.Linear) else states
+    is_linear = isinstance(block.get_submodule(name), nn.Linear)
+    return states.to(product_dtype(states.device)) if is_linear else states
 
 
 class CurrentBlock:
@@ -129,7 +139,7 @@ class _SettledInputs:
 def _noting(kept: _SettledInputs, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         kept.places[number] = len(kept.tensors)
-        kept.tensors.append(arguments[0].to(product_dtype()))
+        kept.tensors.append(arguments[0].to(product_dtype(arguments[0].device)))
 
     return note
 
@@ -145,7 +155,8 @@ class _Replay:
     def __call__(self, *_positional: object, **_named: object) -> object:
         # hooks see the linear as ever; where the child is the linear itself, this is already inside of its call
         is_linear = self._child.name == self._child.closing
-        states = self._states.to(self._closing.get_parameter("weight").dtype)
+        weight = self._closing.get_parameter("weight")
+        states = self._states.to(weight.device).to(weight.dtype)
         output = type(self._closing).forward(self._closing, states) if is_linear else self._closing(states)
         return output if self._child.num_others is None else (output, *[None] * self._child.num_others)
 

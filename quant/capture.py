@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quant.device import HOST, device_of
 from quant.errors import SourceError
 from quant.model_structure import BlockStack
 
@@ -34,8 +35,11 @@ class BlockContext:
     named: dict[str, object]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for hidden states [B, T, hidden]; some blocks return it first in a tuple."""
-        output: object = block(hidden, *self.positional, **self.named)
+        """The block's output for hidden states [B, T, hidden], on its device; some return it first in a tuple."""
+        device = device_of(block)
+        positional = [_moved(value, device) for value in self.positional]
+        named = {name: _moved(value, device) for name, value in self.named.items()}
+        output: object = block(hidden.to(device), *positional, **named)
         if isinstance(output, tuple):
             output = output[0]
         if not isinstance(output, Tensor):
@@ -45,7 +49,10 @@ class BlockContext:
 
 @dataclass(frozen=True)
 class BlockInput:
-    """The hidden states [B, T, hidden] of one chunk on its way through the blocks, and the context of each block."""
+    """The hidden states [B, T, hidden] of one chunk on its way through the blocks, and the context of each block.
+
+    Both are on the host, wherever blocks are.
+    """
 
     hidden: Tensor
     contexts: tuple[BlockContext, ...]
@@ -63,7 +70,10 @@ class Chunks(Protocol):
 
 @dataclass(frozen=True)
 class Observation:
-    """What named modules of a block read, as [tokens, K], and gave, as [tokens, N]: float32, of one chunk."""
+    """What named modules of a block read, as [tokens, K], and gave, as [tokens, N]: float32, of one chunk.
+
+    It is on the block's device, but where it is kept for long.
+    """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
@@ -229,7 +239,7 @@ def running_order(block: nn.Module, block_index: int, chunk: BlockInput) -> tupl
 
 def run_block(block: nn.Module, block_index: int, chunk: BlockInput) -> BlockInput:
     """The chunk as the block of that index leaves it: the input of the next one."""
-    return BlockInput(chunk.contexts[block_index].run(block, chunk.hidden), chunk.contexts)
+    return BlockInput(chunk.contexts[block_index].run(block, chunk.hidden).to(HOST), chunk.contexts)
 
 
 def run_hooked(block: nn.Module, block_index: int, chunk: BlockInput, hooks: Sequence[RemovableHandle]) -> BlockInput:
@@ -239,6 +249,17 @@ def run_hooked(block: nn.Module, block_index: int, chunk: BlockInput, hooks: Seq
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _moved(value: object, device: torch.device) -> object:
+    """The same with its tensors on the device: itself, or those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
 
 
 def _as_rows(states: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def quantize_command(
     calib_samples: options.CalibSamples = None,
     calib_seqlen: options.CalibSeqlen = None,
     seed: options.Seed = Recipe.seed,
+    device: options.Device = Recipe.device,
     progress_format: options.Progress = ProgressFormat.RICH,
     max_kl: options.MaxKl = None,
     *,
@@ -63,11 +64,9 @@ def quantize_command(
 
         awq-serve quantize ./SmolLM2-135M-Instruct ./smollm2-awq
 
-        awq-serve quantize model.gguf out --group-size 32 --calib my-text.txt
+        awq-serve quantize model.gguf out --group-size 32 --calib wikitext:0.5,self:0.5 --max-kl 0.2
 
-        awq-serve quantize ./model ./model-awq --calib wikitext:0.5,self:0.5 --max-kl 0.2
-
-        awq-serve quantize ./model ./model-w8 --bits 8 --group-size row -v
+        awq-serve quantize ./model ./model-w8 --bits 8 --group-size row --device cpu -v
 
         awq-serve quantize ./model ./model-mixed --target-bpw 4.5 --lm-head 8
     """
@@ -85,6 +84,7 @@ def quantize_command(
             format=parse_format(output_format),
             target_bpw=target_bpw,
             lm_head=lm_head,
+            device=device,
         )
         blocks = _block_listener(progress_format) if verbose else ignore_block
         _run(recipe, resolve_model(source), output, progress_format, blocks)

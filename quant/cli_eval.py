@@ -12,6 +12,7 @@ from rich.console import Console
 
 from quant.checkpoint.location import resolve_model
 from quant.checkpoint.reader import CheckpointReader
+from quant.device_name import DeviceName
 from quant.errors import OutputError, RecipeError, WriteError
 from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint, render
 from quant.method import STEPS, Method
@@ -25,7 +26,7 @@ from quant.method_comparison import (
 from quant.method_plot import check_plotting, draw_methods
 from quant.progress import progress_bar
 from quant.recipe import Recipe, parse_group_size
-from quant.terminal import ProgressFormat, exit_codes
+from quant.terminal import ProgressFormat, exit_codes, tell_notice
 
 ALL_METHODS = ",".join((UNQUANTIZED, *Method))
 
@@ -41,6 +42,7 @@ class ComparisonFlags:
     calib_samples: int | None
     calib_seqlen: int | None
     seed: int | None
+    device: DeviceName | None
     keep: Path | None
     plot: Path | None
 
@@ -60,6 +62,7 @@ class ComparisonFlags:
             sample_tokens=Recipe.sample_tokens if self.calib_seqlen is None else self.calib_seqlen,
             num_windows=0,
             seed=Recipe.seed if self.seed is None else self.seed,
+            device=Recipe.device if self.device is None else self.device,
         )
         return ComparisonOptions(source, methods, recipe, windows, self.keep)
 
@@ -75,6 +78,7 @@ def eval_command(
     calib_samples: Annotated[int | None, typer.Option(help="calibration rows")] = None,
     calib_seqlen: Annotated[int | None, typer.Option(help="tokens per calibration row")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the text that the model writes")] = None,
+    device: Annotated[DeviceName | None, typer.Option(help="where the methods run, as quantize takes it")] = None,
     keep: Annotated[Path | None, typer.Option(help="new directory for the methods' checkpoints")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the methods into this PNG file")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every figure there")] = None,
@@ -98,7 +102,7 @@ def eval_command(
 
         awq-serve eval ./SmolLM2-135M-Instruct --methods fp,rtn,awq --plot methods.png
     """
-    flags = ComparisonFlags(methods, bits, group_size, calib, calib_samples, calib_seqlen, seed, keep, plot)
+    flags = ComparisonFlags(methods, bits, group_size, calib, calib_samples, calib_seqlen, seed, device, keep, plot)
     with exit_codes(ProgressFormat.RICH):
         for file in (plot, json_file):
             _check_file(file)
@@ -123,7 +127,7 @@ def _compare(options: ComparisonOptions, plot: Path | None, json_file: Path | No
     if plot is not None:
         check_plotting()
     with progress_bar(Console(stderr=True)) as listener:
-        table = compare_methods(options, listener)
+        table = compare_methods(options, listener, tell_notice)
     Console().print(render_methods(table))
     _write_json(json_file, table.to_json())
     if plot is not None:

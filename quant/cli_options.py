@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from quant.device_name import DeviceName
 from quant.method import Method
 from quant.terminal import ProgressFormat
 
@@ -44,6 +45,13 @@ Calib = Annotated[
 ]
 CalibSamples = Annotated[int | None, typer.Option(help="calibration rows; by default what the method gains from")]
 CalibSeqlen = Annotated[int | None, typer.Option(help="tokens per calibration row, likewise")]
+Device = Annotated[
+    DeviceName,
+    typer.Option(
+        help="where blocks are run, searched and rounded: cuda, cpu, or auto: a GPU with room for the largest block, "
+        "else the CPU"
+    ),
+]
 Seed = Annotated[int, typer.Option(help="seed of the text that the model writes")]
 Progress = Annotated[ProgressFormat, typer.Option(help="how progress is told")]
 MaxKl = Annotated[float | None, typer.Option(help="refuse a result whose mean KL to the original, in nats, is higher")]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.rounding import GroupRange, full_range, grid_of, round_onto
+from quant.device import CUDA
+from quant.rounding import GroupRange, full_range, grid_of, round_onto, split_groups
 from quant.scale_search import Grouping
 from quant.side_by_side import run_side_by_side
 
@@ -16,6 +17,8 @@ from quant.side_by_side import run_side_by_side
 SHRINKAGES = (1.0, 0.93, 0.86, 0.79, 0.72)
 # all candidates of so many rows fit in a core's cache; rows don't depend on each other
 ROWS_AT_A_TIME = 64
+# on a GPU, which starts each operation anew: enough to fill it, and little beside a block
+GPU_VALUES_AT_A_TIME = 2**24
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,22 @@ def search_range(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange
     other groups leave: errors of groups whose inputs are correlated cancel instead of adding up. The full range is
     one of the candidates, so the loss never rises above that of plain rounding.
     """
-    parts = torch.split(weight, ROWS_AT_A_TIME)
-    ends = run_side_by_side(lambda rows: _search_rows(rows, gram, grouping), parts)
+    parts = torch.split(weight, rows_at_a_time(weight.device, split_groups(weight, grouping.group_size).shape[-1]))
+    candidates = _every_pair(weight.device)
+    ends = run_side_by_side(lambda rows: _search_rows(rows, gram, candidates, grouping), parts, weight.device)
     return GroupRange(low=torch.cat([end.low for end in ends]), high=torch.cat([end.high for end in ends]))
 
 
-def _search_rows(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange:
+def rows_at_a_time(device: torch.device, group_size: int) -> int:
+    """How many rows are searched at once, in groups of so many inputs."""
+    if device.type != CUDA:
+        return ROWS_AT_A_TIME
+    return max(1, GPU_VALUES_AT_A_TIME // (len(SHRINKAGES) ** 2 * group_size))
+
+
+def _search_rows(weight: Tensor, gram: Tensor, candidates: _Candidates, grouping: Grouping) -> GroupRange:
     widest = full_range(weight, grouping.group_size)
     group_size = weight.shape[-1] // widest.low.shape[-1]
-    candidates = _every_pair()
     difference = weight - round_onto(weight, grid_of(widest, grouping.bits), grouping.bits)
     low, high = widest.low.clone(), widest.high.clone()
     for group in range(low.shape[-1]):
@@ -56,14 +66,15 @@ def _search_rows(weight: Tensor, gram: Tensor, grouping: Grouping) -> GroupRange
         difference[:, columns] = 0
         losses = _losses(errors, gram[columns, columns], difference @ gram[:, columns])
         best = losses.argmin(dim=0)
-        rows = torch.arange(weight.shape[0])
+        rows = torch.arange(weight.shape[0], device=weight.device)
         difference[:, columns] = errors[best, rows]
         low[:, group], high[:, group] = ranges.low[best, rows, 0], ranges.high[best, rows, 0]
     return GroupRange(low=low, high=high)
 
 
-def _every_pair() -> _Candidates:
-    pairs = torch.cartesian_prod(torch.tensor(SHRINKAGES), torch.tensor(SHRINKAGES))
+def _every_pair(device: torch.device) -> _Candidates:
+    factors = torch.tensor(SHRINKAGES, device=device)
+    pairs = torch.cartesian_prod(factors, factors)
     return _Candidates(low=pairs[:, 0], high=pairs[:, 1])
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from transformers.modeling_utils import PreTrainedModel
 
 from kernels.weight_kinds import WHOLE_ROW
+from quant.bit_allocation import OptionRange, Shape, budget_of
 from quant.checkpoint.folded_scales import most_scale_bytes
 from quant.checkpoint.stored_module import PackedSpec
 from quant.kept_tensors import Scratch
@@ -45,6 +46,14 @@ def finished_bytes(plan: ModelPlan, planned: Mapping[str, PackedSpec], budget_bi
     num_plain = num_parameters - sum(spec.num_outputs * spec.num_inputs for spec in specs)
     num_packed_bits = max(sum(spec.num_bits for spec in specs), budget_bits or 0)
     return num_packed_bits // 8 + num_plain * STORAGE_DTYPE.itemsize + most_scale_bytes(specs)
+
+
+def budget_bits_of(recipe: Recipe, model: PreTrainedModel, plan: ModelPlan) -> int | None:
+    """How many bits the linears of the blocks may take; None where the recipe has no target."""
+    if recipe.target_bpw is None:
+        return None
+    shapes = [Shape(*linear_of(model, name).weight.shape) for name in plan.block_groupings()]
+    return budget_of(recipe.target_bpw, shapes, OptionRange(recipe.bits, recipe.group_size))
 
 
 def scratch_bytes(recipe: Recipe, model: PreTrainedModel, planned: Mapping[str, PackedSpec]) -> int:

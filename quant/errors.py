@@ -6,8 +6,9 @@ QuantError
 ├── OutputError        the output cannot be written: it exists, or the disk has no room for it
 │   └── WriteError     writing failed on the way, as on a disk that others filled meanwhile
 ├── CheckpointError    a file of a checkpoint is missing, truncated, inconsistent or of an unknown format
-└── QuantizationError  the computation gave a result that must not be written (not finite, fold not exact)
-    └── QualityError   the result is worse than the recipe allows; another bound may allow it
+└── QuantizationError  the computation failed, or gave a result that must not be written (not finite, fold not exact)
+    ├── QualityError   the result is worse than the recipe allows; another bound may allow it
+    └── DeviceFull     a GPU has no memory left; it may have some later
 """
 
 from pathlib import Path
@@ -51,6 +52,10 @@ class QuantizationError(QuantError):
 
 
 class QualityError(QuantizationError):
+    pass
+
+
+class DeviceFull(QuantizationError):
     pass
 
 

@@ -18,10 +18,10 @@ WIDEST_PANEL = 1024
 
 
 class GramSum:
-    """Adds up Y^T Y of all tokens."""
+    """Adds up Y^T Y of all tokens, on the device where they are."""
 
-    def __init__(self, num_features: int) -> None:
-        self._sum = torch.zeros(num_features, num_features)
+    def __init__(self, num_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(num_features, num_features, device=device)
 
     def add(self, weighted: Tensor, rows: Tensor) -> None:
         """Count inputs [tokens, K], given times their weights and as they are."""
@@ -35,14 +35,15 @@ class GramSum:
 
 
 class SplitGramSum:
-    """Adds up Y^T Y of two parts of the tokens, of those to fit to and of those held out, in the memory of one."""
+    """Adds up Y^T Y of two parts of the tokens, of those to fit to and of those held out, in the memory of one.
 
-    def __init__(self, num_features: int) -> None:
+    They are on the device where the tokens are.
+    """
+
+    def __init__(self, num_features: int, device: torch.device) -> None:
         # on and right of the diagonal squares what is fitted to, left of them the mirror of what is held out
-        self._sums = torch.zeros(num_features, num_features)
-        self._held_out_squares = [
-            torch.zeros(panel.stop - panel.start, panel.stop - panel.start) for panel in _panels(self._sums)
-        ]
+        self._sums = torch.zeros(num_features, num_features, device=device)
+        self._held_out_squares = [torch.zeros_like(self._sums[panel, panel]) for panel in _panels(self._sums)]
 
     def add_fit(self, weighted: Tensor, rows: Tensor) -> None:
         """Count inputs [tokens, K] to fit to, given times their weights and as they are."""

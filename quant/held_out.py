@@ -61,7 +61,7 @@ class HeldOutStates:
                 rows = slice(start, min(start + num_rows, len(window) - 1))
                 expected = _logits("original", original, window[rows], original_states[:, rows])
                 logits = _logits("quantized model", quantized, window[rows], quantized_states[:, rows])
-                targets = window[1:][rows]
+                targets = window[1:][rows].to(logits.device)
                 original_sums.add(expected, expected, targets)
                 sums.add(logits, expected, targets)
             meter.report("evaluate", index + 1, len(self._windows))
@@ -108,7 +108,7 @@ def _run_checked(model_name: str, block: nn.Module, name: str, index: int, chunk
 
 
 def _logits(model_name: str, model: BlockwiseModel, token_ids: Tensor, states: Tensor) -> Tensor:
-    """float32 [n, vocab] after token ids int64 [n], from the last block's states [1, n, hidden]."""
+    """float32 [n, vocab] after token ids int64 [n], from the last block's states [1, n, hidden]; on its device."""
     logits = model.run_outer(token_ids[None], states)[0].float()
     if not bool(torch.isfinite(logits).all()):
         leaf = first_not_finite(model.model, lambda: model.run_outer(token_ids[None], states))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quant.block_pair import BlockPair, CurrentBlock
 from quant.capture import BlockInput, Chunks, Observation, run_hooked
 from quant.correction import SplitMoments, TargetSums, ranking_rows
+from quant.device import device_of
 from quant.fast_products import fast_products
 from quant.gram_sums import GramSum, SplitGramSum
 from quant.linear_experts import Expert, LinearExperts
@@ -86,11 +87,11 @@ class PairStatistics:
 
 
 class StatisticsSum:
-    """Adds up the statistics of one linear's input."""
+    """Adds up the statistics of one linear's input, on the device where that is read."""
 
-    def __init__(self, num_features: int) -> None:
-        self._gram = GramSum(num_features)
-        self._magnitude = torch.zeros(num_features)
+    def __init__(self, num_features: int, device: torch.device) -> None:
+        self._gram = GramSum(num_features, device)
+        self._magnitude = torch.zeros(num_features, device=device)
         self._num_tokens = 0
 
     def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
@@ -110,7 +111,8 @@ class StatisticsSum:
         Where there were no tokens, every channel counts the same.
         """
         if self._num_tokens == 0:
-            return InputStatistics(torch.eye(len(self._magnitude)), torch.ones_like(self._magnitude))
+            ones = torch.ones_like(self._magnitude)
+            return InputStatistics(ones.diag(), ones)
         return InputStatistics(
             gram=self._gram.result().div_(self._num_tokens), mean_magnitude=self._magnitude / self._num_tokens
         )
@@ -119,18 +121,23 @@ class StatisticsSum:
 class PairSum:
     """Adds up what linears that share an input are searched and corrected with, in both models."""
 
-    def __init__(self, num_features: int, num_outputs: Mapping[str, int], *, others: bool) -> None:
-        """num_outputs: N of those of the linears that add to the stream, by name. others: whether any does not."""
-        self._magnitude = torch.zeros(num_features)
+    def __init__(
+        self, num_features: int, num_outputs: Mapping[str, int], device: torch.device, *, others: bool
+    ) -> None:
+        """num_outputs: N of those of the linears that add to the stream, by name. others: whether any does not.
+
+        device: where the input is read.
+        """
+        self._magnitude = torch.zeros(num_features, device=device)
         self._num_tokens = 0
-        self._grams = SplitGramSum(num_features)
+        self._grams = SplitGramSum(num_features, device)
         # of the held-out tokens only the rows that are looked at
         self._ranked = {linear: ranking_rows(size) for linear, size in num_outputs.items()}
         sizes = {linear: len(range(size)[self._ranked[linear]]) for linear, size in num_outputs.items()}
         self._whole, self._held_out = (
             TargetSums(
-                cross=torch.zeros(num_features, num_features) if others else None,
-                targets={linear: torch.zeros(size, num_features) for linear, size in rows.items()},
+                cross=torch.zeros(num_features, num_features, device=device) if others else None,
+                targets={linear: torch.zeros(size, num_features, device=device) for linear, size in rows.items()},
             )
             for rows in (num_outputs, sizes)
         )
@@ -204,7 +211,8 @@ def capture_pair(
         if name not in alone
     }
     with fast_products():
-        for number, weights in enumerate(token_weights):
+        for number, on_host in enumerate(token_weights):
+            weights = on_host.to(device_of(block))
             current = pair.current.observe(number, {*names, *readers, *later}, {*writers} | given)
             original = pair.original.observe(number, compared | readers, given)
             for name, total in paired.items():
@@ -227,6 +235,8 @@ def routed_names(block: nn.Module) -> set[str]:
 
 def relative_weights(outputs: Iterable[BlockInput]) -> list[Tensor]:
     """A weight per token, float32 [tokens] of each chunk, mean 1: one over the power of its state after the block.
+
+    They are on the host, as the states are.
 
     What reads the stream normalises it first, so an error counts by its share of the state. Without this the first
     token, whose states are a thousand times larger in many models, would be all that the statistics show.
@@ -258,7 +268,8 @@ def _stream(writer: StreamWriter, seen: Observation) -> Tensor:
 
 def _pair_sum_for(block: nn.Module, name: str, writers: Mapping[str, StreamWriter], *, others: bool) -> PairSum:
     num_outputs = {linear: len(block.get_submodule(linear).get_parameter("weight")) for linear in writers}
-    return PairSum(block.get_submodule(name).get_parameter("weight").shape[1], num_outputs, others=others)
+    weight = block.get_submodule(name).get_parameter("weight")
+    return PairSum(weight.shape[1], num_outputs, weight.device, others=others)
 
 
 def _show_all_tokens(current: CurrentBlock, seen: Mapping[str, StatisticsSum]) -> dict[str, StatisticsSum]:
@@ -288,7 +299,8 @@ def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _sum_for(block: nn.Module, name: str) -> StatisticsSum:
-    return StatisticsSum(block.get_submodule(name).get_parameter("weight").shape[1])
+    weight = block.get_submodule(name).get_parameter("weight")
+    return StatisticsSum(weight.shape[1], weight.device)
 
 
 def _showing(expert: Expert, sums: Mapping[str, StatisticsSum]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -1,4 +1,4 @@
-"""A list of tensors of which the first are in memory and the others in a file."""
+"""A list of tensors of which the first are in the host's memory and the others in a file."""
 
 import os
 import tempfile
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant.device import HOST
 from quant.errors import WriteError
 
 
@@ -44,7 +45,11 @@ class KeptTensors:
         self._file: FileIO | None = None
 
     def append(self, tensor: Tensor) -> None:
-        """Keep it; nobody may change it any more. Raises WriteError when the disk is full."""
+        """Keep it, on the host wherever it is; nobody may change it any more.
+
+        Raises WriteError when the disk is full.
+        """
+        tensor = tensor.to(HOST)
         self._num_bytes += tensor.nbytes
         if self._num_bytes <= self._scratch.memory_bytes:
             self._kept.append(tensor)

@@ -6,7 +6,7 @@ two dense models are in memory at any time.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,11 +21,12 @@ from quant.checkpoint.location import GGUF_SUFFIX, recorded_name
 from quant.checkpoint.work_folder import make_parents, remove_empty
 from quant.checkpoint.writer import check_place
 from quant.dense_checkpoint import load_dense
+from quant.device import asked_gpu, find_gpu
 from quant.errors import OutputError, RecipeError
 from quant.evaluate import ORIGINAL, QUALITY_COLUMNS, Quality, TextWindows, compare, cut_windows, quality_cells
 from quant.method import Method
 from quant.pipeline import quantize
-from quant.progress import ProgressListener, ProgressMeter, ignore_progress
+from quant.progress import ProgressListener, ProgressMeter, ignore_notice, ignore_progress
 from quant.recipe import Recipe
 from quant.report import Report
 from quant.source import context_tokens, open_source
@@ -89,14 +90,19 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     return tuple(Method(name) for name in dict.fromkeys(names) if name != UNQUANTIZED)
 
 
-def compare_methods(options: ComparisonOptions, listener: ProgressListener = ignore_progress) -> MethodTable:
+def compare_methods(
+    options: ComparisonOptions,
+    listener: ProgressListener = ignore_progress,
+    on_notice: Callable[[str], None] = ignore_notice,
+) -> MethodTable:
     """Quantize the model by every method and measure each checkpoint beside it, in float32 on the CPU.
 
-    Raises RecipeError, SourceError, OutputError or CheckpointError for bad input before the long work starts,
-    QuantizationError when a result is not finite.
+    on_notice hears what each quantization has to say. Raises RecipeError, SourceError, OutputError or CheckpointError
+    for bad input before the long work starts, QuantizationError when a result is not finite.
     """
     if options.keep is not None:
         check_place(options.keep)
+    asked_gpu(options.recipe.device, find_gpu)
     text = options.windows.read()
     recipes = [options.recipe.with_method(method) for method in options.methods]
     for recipe in recipes:
@@ -113,7 +119,10 @@ def compare_methods(options: ComparisonOptions, listener: ProgressListener = ign
     meter.report("load", 1, 1)
     original = _measure({ORIGINAL: source.model}, windows, meter)[0]
     with _checkpoint_folder(options.keep) as folder:
-        measured = [_try_method(method, options, source.model, windows, folder, listener) for method in options.methods]
+        measured = [
+            _try_method(method, options, source.model, windows, folder, listener, on_notice)
+            for method in options.methods
+        ]
     plain = next((quality for quality, report in measured if report.recipe.method is Method.RTN), None)
     return MethodTable(
         source=recorded_name(options.source),
@@ -157,6 +166,7 @@ def _try_method(
     windows: Tensor,
     folder: Path,
     listener: ProgressListener,
+    on_notice: Callable[[str], None],
 ) -> tuple[Quality, Report]:
     """Quantize into the folder, read back, measure; the checkpoint stays where it is to be kept."""
 
@@ -165,7 +175,7 @@ def _try_method(
 
     name = Path(recorded_name(options.source)).name.removesuffix(GGUF_SUFFIX)
     checkpoint = folder / f"{name}-{method}"
-    report = quantize(options.recipe.with_method(method), options.source, checkpoint, listen)
+    report = quantize(options.recipe.with_method(method), options.source, checkpoint, listen, on_notice)
     models = {ORIGINAL: original, f"{method} checkpoint": load_dense(checkpoint)}
     quality = _measure(models, windows, ProgressMeter(listen))[1]
     if options.keep is None:

@@ -14,6 +14,7 @@ from huggingface_hub.repocard import metadata_load
 from kernels.weight_kinds import WHOLE_ROW
 from quant.calibration_mix import without_directories
 from quant.checkpoint.format_name import OutputFormat
+from quant.device_name import DeviceName
 from quant.method import Method
 from quant.recipe import AUTO, ROW
 from quant.report import HeldOutQuality, Report, describe_origins, describe_rounding
@@ -145,6 +146,8 @@ def recipe_options(report: Report) -> list[str]:
         options += ["--target-bpw", str(recipe.target_bpw)]
     if recipe.lm_head is not None:
         options += ["--lm-head", str(recipe.lm_head)]
+    if recipe.device != DeviceName.AUTO:
+        options += ["--device", str(recipe.device)]
     if recipe.max_kl is not None:
         options += ["--max-kl", f"{recipe.max_kl:g}"]
     return options if recipe.num_windows else [*options, "--no-eval"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
+from quant.device import HOST
 from quant.model_structure import BlockStack, find_heads
 from quant.original_weights import OriginalWeights
 
@@ -31,7 +32,10 @@ class StreamedHead(nn.Linear):
         for piece in self._weights.pieces(f"{self._name}.weight"):
             made[..., start : start + len(piece)] = functional.linear(states, piece.to(states.device))
             start += len(piece)
-        return made if self.bias is None else made + self._weights.read(f"{self._name}.bias", made.dtype)
+        return made if self.bias is None else made + self._read_bias(made)
+
+    def _read_bias(self, like: Tensor) -> Tensor:
+        return self._weights.read(f"{self._name}.bias", like.dtype).to(like.device)
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def outer_weights(model: PreTrainedModel, stack: BlockStack, weights: OriginalWe
 
 
 class _Loader:
-    """Hooks of one module: its tensors come when it is called, and go when it has run."""
+    """Hooks of one module: its tensors come when it is called, to where its input is, and go when it has run."""
 
     def __init__(self, name: str, own: dict[str, Tensor], weights: OriginalWeights, *, by_rows: bool) -> None:
         self._name = name
@@ -64,12 +68,13 @@ class _Loader:
 
     def load(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Before the module runs."""
+        device = next((argument.device for argument in arguments if isinstance(argument, Tensor)), HOST)
         for attribute, tensor in self._own.items():
             name = f"{self._name}.{attribute}".removeprefix(".")
             if self._by_rows and attribute == "weight" and arguments:
                 value = self._rows_of(name, tensor, torch.unique(arguments[0]))
             else:
-                value = self._weights.read(name, tensor.dtype)
+                value = self._weights.read(name, tensor.dtype).to(device)
             is_parameter = isinstance(tensor, nn.Parameter)
             put_tensor(module, attribute, nn.Parameter(value, tensor.requires_grad) if is_parameter else value)
 

@@ -40,7 +40,7 @@ class HeadInput:
     def statistics(self, model: BlockwiseModel, name: str) -> InputStatistics:
         """Of the input of the head of that name, when all blocks are behind. What is outside of them is `model`'s."""
         head = model.model.get_submodule(name)
-        counter = _InputCounter(head)
+        counter = _InputCounter(head, model.device)
         model.model.set_submodule(name, counter)
         try:
             for token_ids, chunk in zip(self._token_ids, self._states, strict=True):
@@ -53,13 +53,13 @@ class HeadInput:
 class _InputCounter(nn.Module):
     """Stands in for the head: counts what it would read, and spares the logits."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.total = StatisticsSum(head.get_parameter("weight").shape[1])
+        self.total = StatisticsSum(head.get_parameter("weight").shape[1], device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
-        self.total.add(rows, torch.ones(len(rows)))
+        self.total.add(rows, rows.new_ones(len(rows)))
         return hidden
 
 

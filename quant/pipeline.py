@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 
 from kernels.layout import PackedWeight
 from kernels.reference import dequantize
-from quant.bit_allocation import OptionRange, Shape, budget_of
+from quant.bit_allocation import OptionRange
 from quant.block import check_finite, plain_parameters, round_block_plainly, round_plain_parameters
 from quant.block_search import OpenBlock, search_block
 from quant.block_structure import BlockStructures
@@ -24,7 +23,27 @@ from quant.checkpoint.location import recorded_name
 from quant.checkpoint.output_format import check_fits
 from quant.checkpoint.stored_module import bits_per_weight
 from quant.checkpoint.writer import CheckpointWriter, check_place
-from quant.disk_space import expected_bytes, finished_bytes, list_memory_bytes, planned_modules, scratch_bytes
+from quant.device import (
+    HOST,
+    ChosenDevice,
+    Gpu,
+    asked_gpu,
+    choose_device,
+    find_gpu,
+    on_host,
+    peak_bytes,
+    release_cache,
+    telling_when_full,
+)
+from quant.device_memory import device_bytes
+from quant.disk_space import (
+    budget_bits_of,
+    expected_bytes,
+    finished_bytes,
+    list_memory_bytes,
+    planned_modules,
+    scratch_bytes,
+)
 from quant.held_out import HeldOutStates, check_quality, read_windows
 from quant.input_statistics import Streams
 from quant.kept_states import KeptChunks
@@ -46,14 +65,13 @@ from quant.recipe import Recipe
 from quant.report import REPORT_FILE, BlockError, CalibrationSummary, HeldOutQuality, LayerLoss, Report, shares_of
 from quant.resume import FinishedBlock, FinishedWork, replay_block, run_digest
 from quant.scale_fold import STORAGE_DTYPE
-from quant.scale_groups import linear_of
 from quant.sensitivity import measure_sensitivity, mixture_of
 from quant.source import SourceModel, context_tokens, open_streamed
 
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization under way: what was asked, the original, how its blocks are quantized, where they go.
+    """One quantization under way: what was asked, the original, how its blocks are quantized, on what, where they go.
 
     model: the source's, with its weights. num_resumed: the blocks that an earlier run had finished. start_s: when it
     began, on the monotonic clock; as much earlier as that run had worked.
@@ -63,6 +81,7 @@ class Job:
     source: SourceModel
     model: BlockwiseModel
     plan: ModelPlan
+    device: ChosenDevice
     writer: CheckpointWriter
     finished: FinishedWork
     meter: ProgressMeter
@@ -92,16 +111,18 @@ def quantize(
     listener: ProgressListener = ignore_progress,
     on_notice: Callable[[str], None] = ignore_notice,
     on_block: BlockListener = ignore_block,
+    find: Callable[[], Gpu | None] = find_gpu,
 ) -> Report:
     """Quantize the model at source_path (a directory or a .gguf file) into the new directory out.
 
-    `out` appears whole or not at all. A run that was killed, or whose disk filled up, goes on after the last block it
-    finished when the same is asked for again; on_notice hears so, in sentences. on_block hears of every block that is
-    searched. Raises RecipeError, SourceError, OutputError or CheckpointError for bad input before the long work starts,
-    QuantizationError when a result is not finite, or worse than the recipe allows.
+    `out` appears whole or not at all. A run that was killed, or whose disk or GPU filled up, goes on after the last
+    block it finished when the same is asked for again; on_notice hears so, in sentences. on_block hears of every block
+    that is searched. find: looks for a GPU. Raises RecipeError, SourceError, OutputError or CheckpointError for bad
+    input before the long work starts, QuantizationError when a result is not finite, or worse than the recipe allows.
     """
     start_s = time.monotonic()
     check_place(out)
+    gpu = asked_gpu(recipe.device, find)
     texts = read_texts(recipe) if recipe.steps.calibrates else ()
     meter = ProgressMeter(listener)
     meter.report("load", 0, 1)
@@ -111,11 +132,12 @@ def quantize(
     plan = plan_model(recipe, source.model)
     planned = planned_modules(source.model, plan)
     check_fits(recipe.output_format, planned)
-    budget_bits = _budget(recipe, source.model, plan)
+    budget_bits = budget_bits_of(recipe, source.model, plan)
     files = source.side_files()
     num_bytes = expected_bytes(source.model, planned, budget_bits) + sum(map(len, files.values()))
     num_bytes += finished_bytes(plan, planned, budget_bits) + scratch_bytes(recipe, source.model, planned)
-    finished = FinishedWork(run_digest(recipe, source_path, texts), on_notice)
+    device = _choose_device(recipe, gpu, device_bytes(source.model, plan), on_notice)
+    finished = FinishedWork(run_digest(recipe, source_path, texts, device.name), on_notice)
     with CheckpointWriter(
         out, expected_bytes=num_bytes, output_format=recipe.output_format, accepts=finished.accepts
     ) as writer:
@@ -123,18 +145,34 @@ def quantize(
         if num_resumed:
             on_notice(_resumption(num_resumed, len(plan.blocks)))
             start_s -= finished.read_block(num_resumed - 1).seconds
-        job = Job(recipe, source, model, plan, writer, finished, meter, on_block, num_resumed, start_s)
-        tokens = _tokens(job, texts) if recipe.steps.calibrates else None
-        if tokens is not None and budget_bits is not None:
-            job = replace(job, plan=_mix(job, tokens, budget_bits))
-        held_out = _held_out(job)
-        numbers = _round_blocks(job, held_out) if tokens is None else _search_blocks(job, tokens, held_out)
-        _write_outer_tensors(job)
-        report = _report(job, numbers, _measure(job, held_out, numbers.head))
+        model = replace(model, device=device.device)
+        job = Job(recipe, source, model, plan, device, writer, finished, meter, on_block, num_resumed, start_s)
+        with telling_when_full(device):
+            report = _quantize(job, texts, budget_bits)
         card = model_card(report, out.name, read_licence(source_path), source.config.model_type)
         made = {REPORT_FILE: report.to_bytes(), CARD_FILE: card, FOLDED_SCALES_FILE: writer.folded_scales()}
         writer.commit(_checkpoint_config(job), files={**files, **made})
     return report
+
+
+def _choose_device(
+    recipe: Recipe, gpu: Gpu | None, needed_bytes: int, on_notice: Callable[[str], None]
+) -> ChosenDevice:
+    device = choose_device(recipe.device, gpu, needed_bytes)
+    if device.notice is not None:
+        on_notice(device.notice)
+    return device
+
+
+def _quantize(job: Job, texts: tuple[CalibrationText, ...], budget_bits: int | None) -> Report:
+    """Write all tensors of the checkpoint."""
+    tokens = _tokens(job, texts) if job.recipe.steps.calibrates else None
+    if tokens is not None and budget_bits is not None:
+        job = replace(job, plan=_mix(job, tokens, budget_bits))
+    held_out = _held_out(job)
+    numbers = _round_blocks(job, held_out) if tokens is None else _search_blocks(job, tokens, held_out)
+    _write_outer_tensors(job)
+    return _report(job, numbers, _measure(job, held_out, numbers.head))
 
 
 def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None) -> Report:
@@ -154,6 +192,8 @@ def _report(job: Job, numbers: SearchNumbers, held_out: HeldOutQuality | None) -
         notes=shortcomings(job.plan, job.source.model),
         seconds=time.monotonic() - job.start_s,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        device=job.device.name,
+        peak_device_bytes=peak_bytes(job.device.device),
     )
 
 
@@ -167,20 +207,14 @@ def _tokens(job: Job, texts: tuple[CalibrationText, ...]) -> CalibrationTokens:
     if kept is not None:
         return kept
     tokens = calibration_tokens(job.recipe, job.model, job.source.tokenizer, texts, _steps_of(job.meter, "calibrate"))
+    # a model that wrote them was on the device whole
+    release_cache(job.device.device)
     job.finished.save_tokens(job.writer, tokens)
     return tokens
 
 
 def _steps_of(meter: ProgressMeter, phase: str) -> Callable[[int, int], None]:
     return lambda done, total: meter.report(phase, done, total)
-
-
-def _budget(recipe: Recipe, model: PreTrainedModel, plan: ModelPlan) -> int | None:
-    """How many bits the linears of the blocks may take; None where the recipe has no target."""
-    if recipe.target_bpw is None:
-        return None
-    shapes = [Shape(*linear_of(model, name).weight.shape) for name in plan.block_groupings()]
-    return budget_of(recipe.target_bpw, shapes, OptionRange(recipe.bits, recipe.group_size))
 
 
 def _mix(job: Job, tokens: CalibrationTokens, budget_bits: int) -> ModelPlan:
@@ -228,6 +262,7 @@ def _search_blocks(job: Job, tokens: CalibrationTokens, held_out: HeldOutStates)
     if job.plan.head is not None and head_input is not None:
         gram = head_input.statistics(job.model, job.plan.head.name).gram
         head, loss = search_head(_head_weight(job, job.plan.head), job.plan.head, job.recipe.steps, gram)
+        head = on_host(head)
         _write_packed(job, {job.plan.head.name: head})
         layers.append(loss)
     summary = CalibrationSummary(tokens.origins, tokens.digest, tokens.ids.numel())
@@ -254,15 +289,15 @@ def _round_blocks(job: Job, held_out: HeldOutStates) -> SearchNumbers:
         _report_blocks(job, index + 1)
     head = None
     if job.plan.head is not None:
-        head = round_head_plainly(_head_weight(job, job.plan.head), job.plan.head)
+        head = on_host(round_head_plainly(_head_weight(job, job.plan.head), job.plan.head))
         _write_packed(job, {job.plan.head.name: head})
     return SearchNumbers(head=head)
 
 
 def _head_weight(job: Job, head: HeadPlan) -> Tensor:
-    """The original's, float32; from now on the model has a head of its own."""
+    """The original's, float32, on the device; from now on the model has a head of its own."""
     untie(job.source.model, head.name)
-    return job.model.weights.read(f"{head.name}.weight", torch.float32)
+    return job.model.weights.read(f"{head.name}.weight", torch.float32).to(job.model.device)
 
 
 def _report_blocks(job: Job, num_done: int) -> None:
@@ -284,9 +319,9 @@ def _finish(
     """Put the block of that index, which has its final values, where a later run finds it."""
     plain = plain_parameters(block, list(job.plan.blocks.values())[index])
     done = FinishedBlock(
-        packed=packed,
+        packed={name: on_host(weight) for name, weight in packed.items()},
         scales=scales,
-        plain={name: parameter.to(STORAGE_DTYPE) for name, parameter in plain.items()},
+        plain={name: parameter.to(HOST, STORAGE_DTYPE) for name, parameter in plain.items()},
         layers=numbers.layers,
         errors=numbers.blocks,
         seconds=time.monotonic() - job.start_s,

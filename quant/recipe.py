@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from kernels.weight_kinds import SUPPORTED_BITS, WHOLE_ROW
 from quant.calibration_mix import SELF_CALIBRATION, Share, row_counts, with_own_text
 from quant.checkpoint.format_name import OutputFormat
+from quant.device_name import DeviceName
 from quant.errors import RecipeError
 from quant.method import STEPS, Method, MethodSteps
 
@@ -48,6 +49,7 @@ class Recipe:
     target_bpw: what the blocks' linears take on average, in bits a weight with scales and zero points, at most; each
     gets `bits` or more and groups of `group_size` or less then, by what it loses. None gives all of them the same.
     lm_head: the bits of the output head; None leaves it as it is.
+    device: where blocks are run, searched and rounded.
     Raises RecipeError, naming the option, when a value is out of range.
     """
 
@@ -63,6 +65,7 @@ class Recipe:
     format: OutputFormat | None = None
     target_bpw: float | None = None
     lm_head: int | None = None
+    device: DeviceName = DeviceName.AUTO
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -72,6 +75,8 @@ class Recipe:
         if self.lm_head not in (None, *HEAD_BITS):
             supported = ", ".join(map(str, HEAD_BITS))
             raise RecipeError(f"lm head is {self.lm_head}; supported: {supported}, or left alone", field="lm_head")
+        if self.device not in list(DeviceName):
+            raise RecipeError(f"device is {self.device!r}; supported: {', '.join(DeviceName)}", field="device")
         self._check_target()
         self._check_format()
         for field, name, value, smallest, largest in (

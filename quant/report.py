@@ -88,6 +88,7 @@ class Report:
     group_size: WHOLE_ROW (-1) where each row of a weight has one scale.
     mixture: what the linears of the blocks have instead where they differ, as the recipe's target asks for.
     notes: sentences about what was done less well than it could be.
+    device: what it ran on: cpu, or a GPU's name. peak_device_bytes: the most that tensors took of a GPU at once.
     """
 
     source: str
@@ -102,6 +103,8 @@ class Report:
     notes: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
+    device: str
+    peak_device_bytes: int | None
 
     def to_json(self) -> dict[str, object]:
         """The fields as plain JSON values; of calibration files only the names, as they are published with it."""
@@ -134,8 +137,11 @@ def summary_table(report: Report) -> Table:
         "format": str(report.recipe.output_format),
         "bits per weight": f"{report.bits_per_weight:.3f}",
         "time": f"{report.seconds:.0f} s",
+        "device": report.device,
         "peak memory": f"{report.peak_memory_bytes / 1e9:.2f} GB",
     }
+    if report.peak_device_bytes is not None:
+        rows["peak memory of the GPU"] = f"{report.peak_device_bytes / 1e9:.2f} GB"
     if report.calibration is not None:
         rows["calibration"] = f"{report.calibration.num_tokens} tokens: {describe_origins(report.calibration)}"
     if report.held_out is not None:

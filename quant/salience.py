@@ -77,7 +77,7 @@ def measure_salience(channels: LinearChannels, chosen_errors: Tensor) -> Salienc
     by_magnitude = channels.mean_magnitude.topk(num_salient).indices
     by_weight = channels.weight_norm.topk(num_salient).indices
     return Salience(
-        channels=tuple(int(channel) for channel in by_magnitude),
+        channels=tuple(by_magnitude.tolist()),
         by_magnitude=_errors_of(by_magnitude, channels.plain_errors, chosen_errors),
         by_weight=_errors_of(by_weight, channels.plain_errors, chosen_errors),
     )

@@ -32,7 +32,8 @@ def fold(block: nn.Module, group: ScaleGroup, scale: Tensor) -> Fold:
     costs nothing. A linear's rows are divided exactly: they are quantized later. Without a source nothing changes.
     """
     if group.source is None:
-        return Fold(torch.ones(group.spread.width * group.spread.repeats), None)
+        weight = block.get_submodule(group.linears[0]).get_parameter("weight")
+        return Fold(weight.new_ones(group.spread.width * group.spread.repeats), None)
     source = block.get_submodule(group.source.name)
     is_norm = source.get_parameter("weight").dim() == 1
     with torch.no_grad():

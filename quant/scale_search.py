@@ -98,7 +98,11 @@ def search_scale(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
     sample = replace(shared, weights=[weight[:: -(-weight.shape[0] // RANKING_ROWS)] for weight in shared.weights])
     sample_signals = signals_of(sample)
     candidates = list(scale_candidates(shared, grouping.group_size))
-    ranks = run_side_by_side(lambda candidate: sum(_losses(candidate, sample, sample_signals, grouping)), candidates)
+    ranks = run_side_by_side(
+        lambda candidate: sum(_losses(candidate, sample, sample_signals, grouping)),
+        candidates,
+        shared.statistics.gram.device,
+    )
     best = candidates[ranks.index(min(ranks))]
     loss = sum(_losses(best, shared, unscaled.signals, grouping))
     if loss >= sum(unscaled.plain_losses):
@@ -135,7 +139,7 @@ def keep_unscaled(shared: SharedInput, grouping: Grouping) -> ScaleChoice:
     """The identity with its numbers."""
     signals = signals_of(shared)
     num_channels = shared.weights[0].shape[1] // shared.spread.repeats
-    identity = ScaleCandidate(IDENTITY, torch.ones(num_channels))
+    identity = ScaleCandidate(IDENTITY, shared.weights[0].new_ones(num_channels))
     row_norms = tuple(weight.norm(dim=1) for weight in shared.weights)
     return ScaleChoice(identity, signals, row_norms, _losses(identity, shared, signals, grouping))
 
@@ -198,12 +202,12 @@ class _ScaleDescent:
         self._weight = torch.cat(list(shared.weights))
         # every row counts by the signal of its linear
         row_signals = [
-            torch.full((weight.shape[0], 1), max(signal, SMALLEST_SIGNAL))
+            weight.new_full((weight.shape[0], 1), max(signal, SMALLEST_SIGNAL))
             for weight, signal in zip(shared.weights, signals, strict=True)
         ]
         self._row_signals = torch.cat(row_signals)
-        self._channels = shared.spread.expand(torch.arange(len(scale)))
-        every_input = torch.arange(len(self._channels))
+        self._channels = shared.spread.expand(torch.arange(len(scale), device=scale.device))
+        every_input = torch.arange(len(self._channels), device=scale.device)
         self._error = self._error_of(every_input, shared.spread.expand(scale)[None])[0]
         self._weighted_error = self._error @ self._gram
 
@@ -213,7 +217,7 @@ class _ScaleDescent:
         Changes nothing where it doesn't.
         """
         inputs = self._inputs_beside(channel)
-        tried = base * torch.tensor(MULTIPLIERS)
+        tried = base * torch.tensor(MULTIPLIERS, device=base.device)
         scales = torch.where(self._channels[inputs] == channel, tried[:, None], self._spread.expand(self.scale)[inputs])
         steps = self._error_of(inputs, scales) - self._error[:, inputs]
         # tr((D + S) G (D + S)^T) - tr(D G D^T) for the step S, which is 0 outside these inputs

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kernels.cpu import cpu_traits
 from quant.blockwise_model import BlockwiseModel
+from quant.device import CUDA, GPU_RESERVE_BYTES, HOST, device_of, free_bytes
 from quant.errors import QuantizationError, SourceError
 from quant.machine_memory import available_bytes
 from quant.overflow import first_not_finite
@@ -44,22 +45,26 @@ PROMPTS = (
 def open_writer(model: BlockwiseModel, shape: tuple[int, int]) -> PreTrainedModel:
     """The model with all its weights, to write [rows, tokens].
 
-    In bfloat16 where it is stored so or the processor multiplies that natively: for a text that is drawn at random it
+    In bfloat16 where it is stored so or the device multiplies that natively: for a text that is drawn at random it
     is as good, and reading the weights is what takes the time. Else in float32.
 
-    Writing needs all blocks for every token, so they are not read one by one. Raises SourceError when there is no
-    room for them.
+    Writing needs all blocks for every token, so they are not read one by one. They are where the model's blocks are
+    loaded to, or on the host if a GPU has no room for all. Raises SourceError when the host has none either.
     """
-    dtype = torch.bfloat16 if model.weights.dtype == torch.bfloat16 else cpu_traits().dense_dtype
-    num_bytes = dtype.itemsize * (_num_parameters(model.model) + shape[0] * shape[1] * _cached_values(model.model))
-    free_bytes = available_bytes()
-    if free_bytes is not None and free_bytes < num_bytes:
+    num_values = _num_parameters(model.model) + shape[0] * shape[1] * _cached_values(model.model)
+    if model.device != HOST:
+        dtype = _writing_dtype(model, model.device)
+        if dtype.itemsize * num_values + GPU_RESERVE_BYTES <= free_bytes(model.device):
+            return model.load_whole(dtype, model.device)
+    dtype = _writing_dtype(model, HOST)
+    num_bytes, num_free = dtype.itemsize * num_values, available_bytes()
+    if num_free is not None and num_free < num_bytes:
         raise SourceError(
             f"the model takes about {num_bytes / 1e9:.1f} GB of memory to write its own calibration text, and "
-            f"{free_bytes / 1e9:.1f} GB are free; calibrate on a text alone, with its share, like --calib wikitext:1: "
+            f"{num_free / 1e9:.1f} GB are free; calibrate on a text alone, with its share, like --calib wikitext:1: "
             "that needs one block at a time"
         )
-    return model.load_whole(dtype)
+    return model.load_whole(dtype, HOST)
 
 
 def write_text(
@@ -97,15 +102,17 @@ def _write_pieces(
     waiting = [deque(next(openings)) for _ in range(num_rows)]
     written = torch.empty(num_rows, num_tokens, dtype=torch.int64)
     column = torch.tensor([queue.popleft() for queue in waiting])
-    cache = _roomy_cache(model, num_tokens)
+    cache, device = _roomy_cache(model, num_tokens), device_of(model)
     with torch.inference_mode():
         for position in range(num_tokens):
             written[:, position] = column
             on_step(position + 1, num_tokens)
-            logits = model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            given = model(column[:, None].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+            # drawn on the host: a GPU may add up in another order each time
+            logits = given.to(HOST).float()
             # the sum is finite only where all are, and takes a tenth of the time of looking at each
             if not bool(torch.isfinite(logits.sum())):
-                read = written[:, : position + 1]
+                read = written[:, : position + 1].to(device)
                 culprit = first_not_finite(model, lambda: model(read, use_cache=False)) or "the model"  # noqa: B023
                 raise QuantizationError(f"the model cannot write its own text: the output of {culprit} is not finite")
             column = draw(logits, generator)
@@ -179,6 +186,12 @@ def _openings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
             raise SourceError(f"the model's chat template cannot be rendered: {error}") from error
         openings += [tokenizer(text, add_special_tokens=False)["input_ids"], [first_id]]
     return openings
+
+
+def _writing_dtype(model: BlockwiseModel, device: torch.device) -> torch.dtype:
+    if model.weights.dtype == torch.bfloat16 or device.type == CUDA:
+        return torch.bfloat16
+    return cpu_traits().dense_dtype
 
 
 def _num_parameters(model: PreTrainedModel) -> int:

@@ -23,7 +23,7 @@ from quant.checkpoint.reader import CONFIG_FILE, CheckpointReader
 from quant.checkpoint.stored_module import PackedSpec, spec_of
 from quant.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE
 from quant.checkpoint.work_folder import WorkFolder, flush_to_disk, folders_for
-from quant.errors import OutputError, QualityError, Terminated, WriteError
+from quant.errors import DeviceFull, OutputError, QualityError, Terminated, WriteError
 from quant.kept_tensors import KeptTensors, Scratch
 
 # many tools read a checkpoint shard by shard
@@ -32,7 +32,7 @@ DEFAULT_SHARD_BYTES = 512 * 1024**2
 CHECKPOINT_FOLDER = "checkpoint"
 FINISHED_FOLDER = "finished"
 # after these a run of the same blocks can succeed later; after any other error it would fail again
-PASSING_ERRORS = (WriteError, Terminated, QualityError)
+PASSING_ERRORS = (WriteError, Terminated, QualityError, DeviceFull)
 
 
 def accept_none(_finished: Path) -> bool:
@@ -43,8 +43,8 @@ def accept_none(_finished: Path) -> bool:
 class CheckpointWriter:
     """Use as a context manager: leaving it without `commit` removes everything that was written.
 
-    But what `save_finished` wrote outlives a full disk, a refused quality, a termination and a kill, and a later writer
-    may accept it.
+    But what `save_finished` wrote outlives a full disk or GPU, a refused quality, a termination and a kill, and a later
+    writer may accept it.
     `directory` is where the checkpoint grows, in the hidden folder; `finished`, beside it, what was saved; `scratch` is
     the hidden folder itself, for files without a name.
     """

@@ -124,6 +124,23 @@ def test_loading_options_that_change_something_are_refused(original: Path, optio
         AutoAWQForCausalLM.from_quantized(original, **options)
 
 
+@pytest.mark.parametrize("device_map", ["cuda:1", "balanced", {"": 0}], ids=str)
+def test_a_device_map_that_spreads_the_model_is_refused(original: Path, device_map: object) -> None:
+    with pytest.raises(RecipeError, match=r"device_map=.* one block at a time is on the device; give auto, cpu, cuda"):
+        AutoAWQForCausalLM.from_pretrained(original, device_map=device_map)
+
+
+def test_a_device_map_is_the_device_of_the_recipe(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_gpu = AutoAWQForCausalLM.from_pretrained(original, device_map="cuda")
+    with pytest.raises(RecipeError, match="torch sees no GPU"):
+        on_gpu.quantize(calib_data=TEXTS, **SMALL)
+    on_cpu = AutoAWQForCausalLM.from_pretrained(original, device_map="cpu")
+    on_cpu.quantize(calib_data=TEXTS, **SMALL)
+    assert on_cpu.report is not None
+    assert (on_cpu.report.recipe.device, on_cpu.report.device) == ("cpu", "cpu")
+
+
 def test_the_tokenizer_of_another_model_is_refused(model: ModelToQuantize, original: Path) -> None:
     other = AutoTokenizer.from_pretrained(original)
     other.add_tokens(["<|another|>"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from quant.block_pair import CurrentBlock, OriginalBlock
 from quant.capture import BlockInput, ClosedChild, embed, observe, run_block, running_order
+from quant.device import HOST
 from quant.fast_products import fast_products, product_dtype
 from quant.kept_tensors import Scratch
 from quant.model_structure import find_blocks
@@ -50,7 +51,7 @@ def test_the_original_is_run_once_for_its_outputs_and_for_all_that_is_asked_late
     assert len(runs) == len(chunks) == 2
     assert torch.equal(original.outputs[1].hidden, run_block(block, 0, chunks[1]).hidden)
     read = expected.inputs["mlp.down_proj"]
-    assert torch.equal(seen.inputs["mlp.down_proj"], read.to(product_dtype()).float())
+    assert torch.equal(seen.inputs["mlp.down_proj"], read.to(product_dtype(HOST)).float())
     assert torch.equal(seen.outputs["mlp.down_proj"], expected.outputs["mlp.down_proj"])
 
 

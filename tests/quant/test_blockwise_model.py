@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quant.capture import embed, run_block
+from quant.device import HOST
 from quant.model_structure import find_blocks
 from quant.original_weights import HeldWeights
 from quant.pipeline import quantize
@@ -66,7 +67,7 @@ def test_a_block_is_the_callers_own(tmp_path: Path) -> None:
 def test_tied_weights_stay_tied_in_a_whole_copy(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path, dtype=torch.bfloat16)
     _, model = open_streamed(tmp_path, ignore_notice)
-    whole = model.load_whole(torch.bfloat16)
+    whole = model.load_whole(torch.bfloat16, HOST)
     assert whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(TOKENS).logits

@@ -98,6 +98,7 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(model: Path, che
         (("--bits", "5"), "bits is 5; supported: 3, 4, 8"),
         (("--group-size", "big"), "group size is 'big'; supported: auto, 128, 64, 32, row"),
         (("--group-size", "128"), "group size 128 does not divide the 64 in features of"),
+        (("--device", "tpu"), "'tpu' is not one of"),
         (("--plot", "absent/methods.png"), "absent/methods.png cannot be written: absent is no directory"),
         (("--json", "."), ". is a directory; give the name of a file"),
         (("--text", "absent.txt"), "absent.txt cannot be read as UTF-8 text"),

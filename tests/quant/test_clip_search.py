@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.weight_kinds import WHOLE_ROW
-from quant.clip_search import search_range
+from quant.clip_search import rows_at_a_time, search_range
 from quant.rounding import full_range, grid_of, round_onto
 from quant.scale_search import Grouping, output_error
 
@@ -36,6 +36,13 @@ def test_correlated_inputs_let_the_errors_of_groups_cancel() -> None:
     loss = output_error(weight - round_onto(weight, searched, 4), gram).sum()
     plain = output_error(weight - round_onto(weight, widest, 4), gram).sum()
     assert float(loss / plain) < 0.5
+
+
+def test_a_gpu_searches_as_many_rows_at_once_as_take_little_memory() -> None:
+    gpu = torch.device("cuda")
+    assert [rows_at_a_time(torch.device("cpu"), group_size) for group_size in (32, 128, 11008)] == [64, 64, 64]
+    # 25 ranges of so many weights, in 64 MiB of float32
+    assert [rows_at_a_time(gpu, group_size) for group_size in (128, 11008, 10**9)] == [5242, 60, 1]
 
 
 def test_zero_stays_inside_ranges_of_groups_of_one_sign() -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quant.correction import SplitMoments, TargetSums, correct_
+from quant.device import HOST
 from quant.gram_sums import SplitGramSum
 
 NUM_FEATURES, NUM_OUTPUTS = 24, 8
@@ -17,7 +18,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 def split_moments(original: Tensor, current: Tensor, target: Tensor | None = None) -> SplitMoments:
     """target: what the linear called NAME should give, where it adds to the stream."""
     half = len(original) // 2
-    grams = SplitGramSum(current.shape[1])
+    grams = SplitGramSum(current.shape[1], HOST)
     grams.add_fit(current[:half], current[:half])
     grams.add_held_out(current[half:], current[half:])
     whole, held_out = (

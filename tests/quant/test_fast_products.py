@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from quant import fast_products as module
-from quant.fast_products import fast_products, product_dtype
+from quant.device import HOST
+from quant.fast_products import attention_dtype, fast_products, product_dtype
 from tests.quant.fast_close import assert_close_for_fast_products
 
 
@@ -27,11 +28,16 @@ def test_attention_is_near_that_of_float32_and_gives_float32(is_masked: bool) ->
 def test_attention_is_of_bfloat16_only_where_the_processor_multiplies_it(
     dtype: torch.dtype, is_rounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "product_dtype", lambda: dtype)
+    monkeypatch.setattr(module, "product_dtype", lambda _device: dtype)
     states = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(2))
     with fast_products():
         output = functional.scaled_dot_product_attention(states, states, states)
     assert torch.equal(output, output.bfloat16().float()) is is_rounded
+
+
+def test_a_gpu_reads_tf32_which_only_float32_holds_and_attention_bfloat16() -> None:
+    assert product_dtype(torch.device("cuda")) is torch.float32
+    assert attention_dtype(torch.device("cuda")) is torch.bfloat16
 
 
 def test_precision_is_as_before_even_after_an_error() -> None:
@@ -49,5 +55,5 @@ def test_a_factor_that_is_kept_as_products_read_it_gives_the_same_bits() -> None
     states, weight = torch.randn(512, 576, generator=generator), torch.randn(192, 576, generator=generator)
     with fast_products():
         expected = functional.linear(states, weight)
-        kept = functional.linear(states.to(product_dtype()).float(), weight)
+        kept = functional.linear(states.to(product_dtype(HOST)).float(), weight)
     assert torch.equal(kept, expected)

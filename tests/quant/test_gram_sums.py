@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from quant import gram_sums
+from quant.device import HOST
 from quant.gram_sums import GramSum, SplitGramSum
 
 # no multiple of the number of panels
@@ -32,7 +33,7 @@ def _panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("_panels")
 def test_a_sum_over_chunks_is_that_over_all_tokens() -> None:
     rows, weights = noise(90, NUM_FEATURES, seed=0), torch.rand(90, generator=torch.Generator().manual_seed(1))
-    total = GramSum(NUM_FEATURES)
+    total = GramSum(NUM_FEATURES, HOST)
     for chunk, own in zip(rows.split(40), weights.split(40), strict=True):
         total.add(chunk * own[:, None], chunk)
     result = total.result()
@@ -45,7 +46,7 @@ def test_two_parts_in_one_matrix_stay_apart() -> None:
     # given parts of which neither can be told from the other's sum
     fit, held_out = noise(90, NUM_FEATURES, seed=0), 10 * noise(30, NUM_FEATURES, seed=1)
     weights, rows = torch.rand(90, generator=torch.Generator().manual_seed(2)), noise(4, NUM_FEATURES, seed=3)
-    sums = SplitGramSum(NUM_FEATURES)
+    sums = SplitGramSum(NUM_FEATURES, HOST)
     for first, own in zip(fit.split(40), weights.split(40), strict=True):
         sums.add_fit(first * own[:, None], first)
         sums.add_held_out(held_out[:10], held_out[:10])
@@ -63,7 +64,7 @@ def test_two_parts_in_one_matrix_stay_apart() -> None:
 def test_a_scale_is_that_of_the_inputs() -> None:
     fit, held_out = noise(90, NUM_FEATURES, seed=0), noise(30, NUM_FEATURES, seed=1)
     scale = torch.linspace(0.5, 2.0, NUM_FEATURES)
-    sums, scaled = SplitGramSum(NUM_FEATURES), SplitGramSum(NUM_FEATURES)
+    sums, scaled = SplitGramSum(NUM_FEATURES, HOST), SplitGramSum(NUM_FEATURES, HOST)
     sums.add_fit(fit, fit)
     sums.add_held_out(held_out, held_out)
     scaled.add_fit(fit * scale, fit * scale)

@@ -9,6 +9,7 @@ from torch import Tensor
 from quant import input_statistics
 from quant.block_pair import BlockPair, CurrentBlock, OriginalBlock
 from quant.capture import BlockInput, embed, run_block
+from quant.device import HOST
 from quant.input_statistics import StatisticsSum, capture, capture_pair, relative_weights
 from quant.kept_tensors import Scratch
 from quant.model_structure import find_blocks
@@ -72,7 +73,7 @@ def test_an_expert_that_many_tokens_reach_is_known_by_them_alone(
 
 
 def test_of_an_input_that_no_token_reaches_every_channel_counts_the_same() -> None:
-    statistics = StatisticsSum(3).result()
+    statistics = StatisticsSum(3, HOST).result()
     assert torch.equal(statistics.gram, torch.eye(3))
     assert torch.equal(statistics.mean_magnitude, torch.ones(3))
 

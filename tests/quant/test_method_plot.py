@@ -32,6 +32,8 @@ def result(method: Method, layers: tuple[LayerLoss, ...]) -> MethodResult:
         notes=(),
         seconds=1.0,
         peak_memory_bytes=1,
+        device="cpu",
+        peak_device_bytes=None,
     )
     return MethodResult(method, Quality(method.value, 12.0, 0.1, 0.9), 0.5, report)
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from quant.checkpoint.format_name import OutputFormat
 from quant.cli import app
+from quant.device_name import DeviceName
 from quant.method import Method
 from quant.model_card import SERVED_TYPES, model_card, read_licence, recipe_options
 from quant.pipeline import quantize
@@ -38,6 +39,8 @@ REPORT = Report(
     notes=(),
     seconds=1.0,
     peak_memory_bytes=1,
+    device="cpu",
+    peak_device_bytes=None,
 )
 
 
@@ -190,6 +193,7 @@ def test_every_choice_of_a_recipe_is_in_the_command() -> None:
         "max_kl": 0.5,
         "target_bpw": 4.5,
         "lm_head": 8,
+        "device": DeviceName.CPU,
     }
     assert {field.name for field in fields(Recipe)} == set(changed)
     for name, value in changed.items():

@@ -14,6 +14,7 @@ from quant.checkpoint.format_name import OutputFormat
 from quant.checkpoint.reader import CheckpointReader
 from quant.convert import convert
 from quant.dense_checkpoint import load_dense
+from quant.device import HOST
 from quant.errors import RecipeError, SourceError
 from quant.evaluate import EvalOptions, TextWindows, evaluate_checkpoint
 from quant.input_statistics import StatisticsSum
@@ -66,7 +67,7 @@ def test_the_head_is_rounded_and_the_embedding_is_not(model_type: str, bits: int
 def test_every_method_loses_less_than_plain_rounding_on_what_the_head_reads(method: Method, tmp_path: Path) -> None:
     source = open_source(save_tiny_model("llama", tmp_path / "model"))
     tokens = torch.arange(6 * 48).view(6, 48) * 11 % 256
-    read = StatisticsSum(64)
+    read = StatisticsSum(64, HOST)
     hook = source.model.get_submodule(HEAD).register_forward_pre_hook(
         lambda _module, inputs: read.add(inputs[0].flatten(0, 1), torch.ones(tokens.numel()))
     )

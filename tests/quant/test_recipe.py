@@ -21,6 +21,7 @@ from quant.recipe import Recipe, choose_group_size, parse_format, parse_group_si
         ("sample_tokens", -1, "calibration tokens is -1"),
         ("num_windows", -1, "number of windows is -1"),
         ("seed", -3, "seed is -3"),
+        ("device", "tpu", "device is 'tpu'; supported: auto, cpu, cuda"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_name(field: str, value: object, named: str) -> None:

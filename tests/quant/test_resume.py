@@ -224,7 +224,9 @@ def test_what_was_finished_for_another_recipe_or_source_is_not_taken(
 
     # then it says that it begins anew, and does
     (sentence,) = heard.notices
-    assert sentence.startswith("what an ended run had finished for this place is of another recipe, source or version")
+    assert sentence.startswith(
+        "what an ended run had finished for this place is of another recipe, source, device or version"
+    )
     assert "resume" not in heard.phases
     quantize(recipe, model, tmp_path / "fresh")
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "fresh")

@@ -45,6 +45,7 @@ class JobRecipe:
     calib_samples: int | None = None
     calib_seqlen: int | None = None
     seed: int = 0
+    device: str = "auto"
     format: str = "auto"
     target_bpw: float | None = None
     lm_head: int | None = None

@@ -202,6 +202,7 @@ def quantizer_arguments(recipe: JobRecipe) -> list[str]:
         "--calib-samples": recipe.calib_samples,
         "--calib-seqlen": recipe.calib_seqlen,
         "--seed": recipe.seed,
+        "--device": recipe.device,
         "--max-kl": recipe.max_kl,
         "--progress-format": "json",
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from server.errors import JobStoreUnavailable
 from server.jobs.record import JobProgress, JobRecipe, JobRecord, JobState
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SCHEMA = """
 CREATE TABLE jobs (
@@ -23,6 +23,7 @@ CREATE TABLE jobs (
     calib_samples INTEGER,
     calib_seqlen INTEGER,
     seed INTEGER NOT NULL,
+    device TEXT NOT NULL,
     format TEXT NOT NULL,
     target_bpw REAL,
     lm_head INTEGER,
@@ -72,12 +73,18 @@ ALTER TABLE jobs ADD COLUMN max_kl REAL;
 ALTER TABLE jobs ADD COLUMN no_eval INTEGER NOT NULL DEFAULT 0;
 UPDATE jobs SET group_size = coalesce(group_size, 'auto');
 """
+# version 2 had no choice of a device: the quantizer ran on the CPU
+FROM_VERSION_2 = "ALTER TABLE jobs ADD COLUMN device TEXT NOT NULL DEFAULT 'auto'"
 STATES_AS_EVENTS = """
 INSERT INTO job_events (job_id, kind, created_at, data)
 SELECT id, 'state', coalesce(succeeded_at, failed_at, cancelled_at, running_at, queued_at, created_at),
     json_object('status', state) FROM jobs ORDER BY number
 """
-STEPS_FROM = {0: (SCHEMA, EVENTS), 1: (FROM_VERSION_1, EVENTS, STATES_AS_EVENTS)}
+STEPS_FROM = {
+    0: (SCHEMA, EVENTS),
+    1: (FROM_VERSION_1, FROM_VERSION_2, EVENTS, STATES_AS_EVENTS),
+    2: (FROM_VERSION_2,),
+}
 
 
 def prepare_tables(connection: sqlite3.Connection, path: Path) -> None:
@@ -118,6 +125,7 @@ def job_from_row(row: sqlite3.Row) -> JobRecord:
             calib_samples=row["calib_samples"],
             calib_seqlen=row["calib_seqlen"],
             seed=row["seed"],
+            device=row["device"],
             format=row["format"],
             target_bpw=row["target_bpw"],
             lm_head=row["lm_head"],

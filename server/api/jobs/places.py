@@ -37,6 +37,7 @@ class JobPlaces:
             calib_samples=body.calib_samples,
             calib_seqlen=body.calib_seqlen,
             seed=recipe.seed,
+            device=recipe.device.value,
             format=body.format,
             target_bpw=recipe.target_bpw,
             lm_head=recipe.lm_head,

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
+from quant.device_name import DeviceName
 from quant.errors import RecipeError
 from quant.method import Method
 from quant.recipe import AUTO, ROW, Recipe, parse_format, parse_group_size
@@ -50,6 +51,7 @@ class QuantizeBody(BaseModel):
     calib_samples: int | None = Recipe.num_samples
     calib_seqlen: int | None = Recipe.sample_tokens
     seed: int = Recipe.seed
+    device: DeviceName = Field(default=Recipe.device, strict=False)
     max_kl: float | None = Recipe.max_kl
     no_eval: bool = False
 
@@ -69,6 +71,7 @@ class QuantizeBody(BaseModel):
                 format=parse_format(self.format),
                 target_bpw=self.target_bpw,
                 lm_head=self.lm_head,
+                device=self.device,
             )
         except RecipeError as error:
             sentence = _OPTION.sub(lambda option: option[1].replace("-", "_"), str(error))
@@ -131,6 +134,7 @@ class JobSummary(BaseModel):
     calib_samples: int | None
     calib_seqlen: int | None
     seed: int
+    device: str
     max_kl: float | None
     no_eval: bool
     progress: ProgressObject | None
@@ -162,6 +166,7 @@ class JobSummary(BaseModel):
             calib_samples=recipe.calib_samples,
             calib_seqlen=recipe.calib_seqlen,
             seed=recipe.seed,
+            device=recipe.device,
             max_kl=recipe.max_kl,
             no_eval=recipe.no_eval,
             progress=ProgressObject(**vars(progress)) if progress else None,

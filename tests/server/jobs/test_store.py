@@ -301,6 +301,7 @@ def test_every_option_of_a_job_is_kept(store: JobStore, tmp_path: Path) -> None:
         calib_samples=8,
         calib_seqlen=128,
         seed=3,
+        device="cuda",
         format="compressed-tensors",
         target_bpw=4.5,
         lm_head=8,

@@ -61,7 +61,7 @@ def test_the_quantizer_gets_the_options_of_the_command_line(store: JobStore, tmp
     job = run_to_its_end(store, "succeed")
     assert job.report_json is not None
     what = [str(tmp_path / "out"), "--bits", "4", "--group-size", "64", "--format", "auto", "--method", "awq"]
-    how = ["--calib", "self", "--seed", "0", "--progress-format", "json", "--verbose"]
+    how = ["--calib", "self", "--seed", "0", "--device", "auto", "--progress-format", "json", "--verbose"]
     assert json.loads(job.report_json)["args"] == [*what, *how]
 
 

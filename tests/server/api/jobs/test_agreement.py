@@ -25,6 +25,7 @@ CHANGES = {
     "sample_tokens": ({"calib_seqlen": 65}, 65),
     "num_windows": ({"no_eval": True}, 0),
     "seed": ({"seed": 4}, 4),
+    "device": ({"device": "cuda"}, "cuda"),
     "max_kl": ({"max_kl": 0.5}, 0.5),
     "format": ({"format": "compressed-tensors"}, "compressed-tensors"),
     "target_bpw": ({"target_bpw": 4.5}, 4.5),

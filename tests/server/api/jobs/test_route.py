@@ -215,6 +215,7 @@ def test_a_job_takes_every_option_and_shows_it(places: JobPlaces) -> None:
         "calib_samples": 8,
         "calib_seqlen": 128,
         "seed": 7,
+        "device": "cpu",
         "max_kl": 0.25,
         "no_eval": False,
     }
@@ -256,6 +257,7 @@ def test_a_job_takes_every_option_and_shows_it(places: JobPlaces) -> None:
         ('{"model": "succeed", "lm_head": 5}', "lm_head", "lm head is 5; supported: 8, 4, or left alone"),
         ('{"model": "succeed", "seed": -1}', "seed", "seed is -1; it must be 0 to"),
         ('{"model": "succeed", "seed": 1e300}', "seed", "should be an integer"),
+        ('{"model": "succeed", "device": "tpu"}', "device", "'auto', 'cpu' or 'cuda', and it is \"tpu\""),
         ('{"model": "succeed", "max_kl": 0}', "max_kl", "a number of nats above 0"),
         ('{"model": "succeed", "max_kl": 0.2, "no_eval": true}', "max_kl", "nothing is measured"),
         ('{"model": "succeed", "no_eval": 1}', "no_eval", "should be true or false, and it is 1"),

@@ -1,11 +1,10 @@
 """Phase 6: how long a block of a 7B model takes to quantize on the device, by each method."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_phases.bench import Bench, Item
@@ -13,11 +12,14 @@ from benchmarks.gpu_phases.figures import Figure
 from quant.block import BlockPlan
 from quant.block_groups import groups_of
 from quant.block_search import OpenBlock, search_block
-from quant.capture import embed
+from quant.block_structure import BlockStructures
+from quant.blockwise_model import BlockwiseModel, hold_nothing
+from quant.device import peak_bytes
 from quant.input_statistics import Streams
+from quant.kept_states import KeptChunks
 from quant.kept_tensors import Scratch
 from quant.method import STEPS, Method
-from quant.model_structure import find_blocks
+from quant.original_weights import HeldWeights
 from quant.scale_groups import rows_of
 from quant.scale_search import Grouping
 
@@ -30,36 +32,37 @@ def plan(bench: Bench) -> Sequence[Item]:
     return [Item(f"one block by {method}", partial(_quantize, bench, method)) for method in METHODS]
 
 
-def _copy_again(block: nn.Module, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
-    with torch.no_grad():
-        for name in names:
-            block.get_parameter(name).copy_(weights[name])
-
-
+@torch.no_grad()
 def _quantize(bench: Bench, method: Method) -> Iterator[Figure]:
-    """The first block of a model of random weights, on random tokens. The quantizer makes its own tensors where torch
-    makes them unless told otherwise: here that is the device."""
+    """The first block of a model of random weights, on random tokens: hidden states and weights are on the host, the
+    block on the device, as when a model is quantized."""
     shape, (num_rows, row_tokens) = bench.sizes.quantized_model, bench.sizes.quantized_rows
-    with torch.device(bench.device):
-        model = LlamaForCausalLM(LlamaConfig.from_dict({**shape.to_config(row_tokens), "dtype": "float32"}))
-        stack = find_blocks(model)
-        ((name, block),) = stack.blocks.items()
-        groups = groups_of(block, rows_of("llama"), model.config)
-        group_size = 128 if shape.hidden_size % 128 == 0 and shape.intermediate_size % 128 == 0 else 32
-        tokens = torch.randint(shape.vocab_size, (num_rows, row_tokens))
-        inputs = list(embed(stack, tokens))
-        weights = {own: parameter.detach().clone() for own, parameter in block.named_parameters()}
-        opened = OpenBlock(block, name, 0, partial(_copy_again, block, weights))
-        bench.stopwatch.wait()
-        started = time.perf_counter()
-        plan = BlockPlan(groups, Grouping(4, group_size), STEPS[method])
-        outcome = search_block(opened, Streams(inputs, inputs), plan, Scratch())
-        bench.stopwatch.wait()
-        seconds = time.perf_counter() - started
-    num_weights = sum(weight.shape[0] * weight.shape[1] for weight in outcome.packed.values())
+    whole = LlamaForCausalLM(LlamaConfig.from_dict({**shape.to_config(row_tokens), "dtype": "float32"}))
+    model = BlockwiseModel(whole, HeldWeights(hold_nothing(whole)), bench.device)
+    ((name, skeleton),) = model.stack.blocks.items()
+    group_size = 128 if shape.hidden_size % 128 == 0 and shape.intermediate_size % 128 == 0 else 32
+    plan = BlockPlan(groups_of(skeleton, rows_of("llama"), whole.config), Grouping(4, group_size), STEPS[method])
+    inputs = KeptChunks(Scratch(), model.embed(torch.randint(shape.vocab_size, (num_rows, row_tokens))))
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    started = time.perf_counter()
+    block = model.load_block(0)
+    bench.stopwatch.wait()
+    loaded = time.perf_counter()
+    # found out once for all blocks of a model
+    plan = BlockStructures().complete(plan, block, 0, inputs[0])
+    bench.stopwatch.wait()
+    began = time.perf_counter()
+    opened = OpenBlock(block, name, 0, partial(model.restore_block, block, 0))
+    outcome = search_block(opened, Streams(inputs, inputs), plan, Scratch())
+    bench.stopwatch.wait()
+    seconds = time.perf_counter() - began
+    peak = peak_bytes(bench.device)
     values = {
         "seconds": seconds,
-        "million weights": num_weights / 1e6,
+        "seconds to load": loaded - started,
+        **({} if peak is None else {"peak memory (GB)": peak / 1e9}),
+        "million weights": sum(weight.shape[0] * weight.shape[1] for weight in outcome.packed.values()) / 1e6,
         "calibration tokens": num_rows * row_tokens,
         "error, plain rounding": outcome.error.plain,
         "error now": outcome.error.chosen,

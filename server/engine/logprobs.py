@@ -9,7 +9,10 @@ from server.engine.request import TokenLogprob
 
 
 def collect_logprobs(logits_SV: Tensor, chosen_S: Tensor, num_top: Sequence[int]) -> tuple[TokenLogprob, ...]:
-    """One entry a row: the chosen token's log-probability and the num_top likeliest, from unedited logits [S, V]."""
+    """One entry a row: the chosen token's log-probability and the num_top likeliest, from unedited logits [S, V].
+
+    Where no token could be chosen the entry means nothing.
+    """
     chosen, top_ids, top_values = _on_device(logits_SV, chosen_S, max(num_top))
     rows = zip(chosen_S.tolist(), chosen.tolist(), top_ids.tolist(), top_values.tolist(), num_top, strict=True)
     return tuple(
@@ -26,4 +29,4 @@ def _on_device(logits_SV: Tensor, chosen_S: Tensor, num_top: int) -> tuple[Tenso
         return collect_logprobs(logits_SV, chosen_S, num_top)
     logprobs = logits_SV.log_softmax(dim=-1)
     top_values, top_ids = logprobs.topk(num_top, dim=-1)
-    return logprobs.gather(1, chosen_S[:, None])[:, 0], top_ids, top_values
+    return logprobs.gather(1, chosen_S.clamp(min=0)[:, None])[:, 0], top_ids, top_values

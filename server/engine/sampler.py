@@ -11,7 +11,9 @@ from kernels.sampling_batch import GREEDY_TEMPERATURE, NO_TOKEN
 from server.engine.logit_edits import edit_logits
 from server.engine.logprobs import collect_logprobs
 from server.engine.random_draw import draw, row_argmax
+from server.engine.request import TokenLogprob
 from server.engine.step_plan import SampledToken, SamplingRow
+from server.engine.step_tensors import pick_rows
 from server.engine.truncation import truncate
 
 NOT_FINITE = "the model's logits are not finite numbers, so no token could be chosen"
@@ -28,14 +30,22 @@ def sample(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> tuple[SampledToken
     take the largest edited logit. A row whose logits are not finite gets an error and disturbs no other.
     """
     chosen = _choose(logits_SV, rows)
+    asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
+    found: dict[int, TokenLogprob] = {}
+    if asked:
+        indices = [index for index, _ in asked]
+        # asked of the device before the host waits for the tokens
+        scores = collect_logprobs(
+            pick_rows(logits_SV, indices), pick_rows(chosen, indices), [count for _, count in asked]
+        )
+        found = dict(zip(indices, scores, strict=True))
     # the one point where the host waits for the device
-    tokens = [
+    return tuple(
         SampledToken(0, error=NOT_FINITE if row.allowed is None else NONE_LEFT)
         if token_id == NO_TOKEN
-        else SampledToken(token_id)
-        for token_id, row in zip(chosen.tolist(), rows, strict=True)
-    ]
-    return _with_logprobs(tokens, logits_SV, chosen, rows)
+        else SampledToken(token_id, found.get(index))
+        for index, (token_id, row) in enumerate(zip(chosen.tolist(), rows, strict=True))
+    )
 
 
 def _choose(logits_SV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -60,19 +70,3 @@ def _draw_rows(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     probs_RV = (logits_RV / temperatures[:, None]).softmax(dim=-1)
     kept_RV = truncate(probs_RV, [row.params for row in rows])
     return draw(kept_RV, torch.tensor(uniforms, dtype=torch.float64))
-
-
-def _with_logprobs(
-    tokens: list[SampledToken], logits_SV: Tensor, chosen_S: Tensor, rows: Sequence[SamplingRow]
-) -> tuple[SampledToken, ...]:
-    asked = [
-        (index, row.params.logprobs)
-        for index, (row, token) in enumerate(zip(rows, tokens, strict=True))
-        if row.params.logprobs is not None and token.error is None
-    ]
-    if asked:
-        indices = [index for index, _ in asked]
-        found = collect_logprobs(logits_SV[indices], chosen_S[indices], [count for _, count in asked])
-        for index, logprob in zip(indices, found, strict=True):
-            tokens[index] = SampledToken(tokens[index].token_id, logprob)
-    return tuple(tokens)

@@ -1,6 +1,6 @@
 """StepPlan -> the tensors of one step on the device. Copies, computes slots, decides nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,7 +59,6 @@ def build_step_tensors(
     block_tables = plan.block_tables[sequences.start : sequences.stop]
     query_lens = np.diff(query_starts)
     sequence_of_token = np.repeat(np.arange(len(query_lens)), query_lens)
-    blocks = block_tables[sequence_of_token, positions // block_size].astype(np.int64)
     return StepTensors(
         token_ids=copy_to_device(plan.token_ids[query_starts[0] : query_starts[-1]], device),
         positions=copy_to_device(positions, device),
@@ -67,12 +66,20 @@ def build_step_tensors(
             query_starts=copy_to_device(query_starts - query_starts[0], device),
             context_lens=copy_to_device(context_lens, device),
             block_tables=copy_to_device(block_tables, device),
-            slot_mapping=copy_to_device(blocks * block_size + positions % block_size, device),
+            slot_mapping=copy_to_device(token_slots(block_tables, sequence_of_token, positions, block_size), device),
             max_query_len=int(query_lens.max()),
             max_context_len=int(context_lens.max()),
         ),
         rows=_adapter_rows(plan, sequences, adapters, device),
     )
+
+
+def token_slots(
+    block_tables: NDArray[np.int32], rows: NDArray[np.int64], positions: NDArray[np.int64], block_size: int
+) -> NDArray[np.int64]:
+    """Where each token's key and value go, int64 [T]: it is at positions [T] of the sequence of rows [T] of tables."""
+    blocks = block_tables[rows, positions // block_size].astype(np.int64)
+    return blocks * block_size + positions % block_size
 
 
 def _adapter_rows(
@@ -86,6 +93,13 @@ def _adapter_rows(
         if name
     ]
     return plan_rows(spans, device) if spans else None
+
+
+def pick_rows(tensor: Tensor, indices: Sequence[int]) -> Tensor:
+    """Rows of a tensor [R, ...] in the order of indices; the tensor itself where those are all. Nothing is waited for."""
+    if list(indices) == list(range(len(tensor))):
+        return tensor
+    return tensor.index_select(0, copy_to_device(np.array(indices, dtype=np.int64), tensor.device))
 
 
 def copy_to_device(array: _Array, device: torch.device) -> Tensor:

@@ -124,6 +124,10 @@ class Settings(BaseSettings):
         Field(description="checkpoint directory of a small model of the same vocabulary that makes the guesses"),
     ] = None
 
+    enforce_eager: Annotated[
+        bool, Field(description="on a GPU, launch the kernels of every step one by one instead of CUDA graphs")
+    ] = False
+
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 8 * MEBIBYTE
     max_prompts: Annotated[int, Field(ge=1, description="prompts in one request")] = 128
     max_stop_strings: Annotated[int, Field(ge=1, description="stop strings in one request")] = 16
@@ -237,6 +241,7 @@ class Settings(BaseSettings):
             num_speculative_tokens=self.num_speculative_tokens,
             adapters=self.lora,
             draft_model_path=None if self.draft_model is None else str(self.draft_model),
+            enforce_eager=self.enforce_eager,
         )
 
 

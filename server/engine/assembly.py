@@ -1,7 +1,7 @@
 """Wires an engine from its settings: device, model, KV cache, scheduler, runner. The loop comes out ready to step."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 
 from kernels import dispatch
 from kernels.native_cpu import KV_DTYPE
+from kernels.paged_batch import PagedLayer
 from quant.checkpoint.reader import CheckpointReader
 from quant.errors import QuantError
 from server.engine import host_memory
@@ -23,8 +24,12 @@ from server.engine.draft_model import (
     load_draft_model,
 )
 from server.engine.errors import EngineSetupError
+from server.engine.graph_recorder import GraphRecorder
+from server.engine.graph_setup import Report, choose_recorder, record_graphs, records_graphs
+from server.engine.graph_sizes import graph_sizes
 from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
 from server.engine.kv_cache import (
+    KvCacheSize,
     KvGeometry,
     allocate_layers,
     check_context_len,
@@ -33,7 +38,7 @@ from server.engine.kv_cache import (
     gpu_memory,
 )
 from server.engine.loop import EngineLoop, Publish
-from server.engine.memory_plan import check_gpu_fits, check_host_fits, weight_bytes, workspace_bytes
+from server.engine.memory_plan import check_gpu_fits, check_host_fits, graph_bytes, weight_bytes, workspace_bytes
 from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo, SamplingDefaults
 from server.engine.sampling_defaults import read_sampling_defaults
@@ -44,8 +49,9 @@ from server.model.adapter_stacks import adapter_bytes, adapter_row_bytes
 from server.model.config import DTYPES, ModelConfig, read_model_config
 from server.model.decoder import Decoder
 from server.model.fixed_rows import fix_rows
-from server.model.loader import LoadedModel, LoadProgress, load_model
+from server.model.loader import LoadedModel, ignore_load_progress, load_model
 from server.model.moe import Moe
+from server.model.native_decoder import NativeDecoder
 
 _GPU_STEP_TOKENS = 2048
 # a running request waits for it once a step. The demo model on two cores that others use too: 256 tokens take 2 s,
@@ -104,9 +110,7 @@ def _choose_speculation(config: EngineConfig, row_cost: float) -> Speculation | 
     return Speculation(config.num_speculative_tokens, row_cost, draft_cost(config))
 
 
-def assemble_engine(
-    config: EngineConfig, report: Callable[[LoadProgress], None], publish: Publish
-) -> tuple[EngineLoop, ModelInfo]:
+def assemble_engine(config: EngineConfig, report: Report, publish: Publish) -> tuple[EngineLoop, ModelInfo]:
     """Load the model and size the cache. Raises one of SETUP_ERRORS with a sentence for whoever starts the engine."""
     # what can be refused is refused before the weights are read
     device = resolve_device(config)
@@ -121,7 +125,10 @@ def assemble_engine(
     sampling_defaults = SamplingDefaults() if config.generation_config == "off" else read_sampling_defaults(directory)
     model = load_model(directory, device, dtype, report, kernels.native, config.max_model_len, adapters)
     draft = load_draft_model(config, device, dtype, kernels)
-    loop, info = wire_engine(config, model, device, kernels, sampling_defaults, publish, draft)
+    recorder = choose_recorder(config, device)
+    loop, info = wire_engine(
+        config, model, device, kernels, sampling_defaults, publish, draft, recorder=recorder, report=report
+    )
     notes = tuple(adapter.note for adapter in adapters if adapter.note)
     doubts = tuple(adapter.doubt for adapter in adapters if adapter.doubt)
     return loop, replace(info, adapter_notes=notes, adapter_doubts=doubts)
@@ -135,17 +142,34 @@ def wire_engine(
     sampling_defaults: SamplingDefaults,
     publish: Publish,
     draft: LoadedModel | None = None,
+    recorder: GraphRecorder | None = None,
+    report: Report = ignore_load_progress,
 ) -> tuple[EngineLoop, ModelInfo]:
     """The engine around a model that is on the device. Raises EngineSetupError when no cache of the settings fits.
 
-    draft: the model that guesses, on the same device.
+    draft: the model that guesses, on the same device. recorder: what decoding is recorded with before this returns.
     """
     # the dtype that it computes in
     dtype = model.config.dtype or model.decoder.embedding.dtype
     geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
-    geometry = replace(geometry, draft=_draft_geometry(config, draft, device))
+    scratch = int(recorder is not None)
+    geometry = replace(geometry, draft=_draft_geometry(config, draft, device, scratch), num_scratch_blocks=scratch)
     limits = choose_limits(config, device)
-    size = choose_size(config, geometry, device, _workspace(model.config, dtype, limits, model.adapters))
+    workspace = _workspace(model.config, dtype, limits, model.adapters)
+    if recorder is not None:
+        workspace += _graph_bytes(config, [one.config for one in (model, draft) if one is not None])
+    size = choose_size(config, geometry, device, workspace)
+    if kernels.native is not None:
+        # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
+        limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
+        speculation = _choose_speculation(config, _NATIVE_ROW_COST)
+        limits = replace(limits, deterministic=False, copies_blocks=True, speculation=speculation)
+    layers = allocate_layers(size, geometry, device)
+    # before the model's own graphs, which may do with less memory
+    drafter = build_drafter(draft, geometry.draft, size, limits, device, recorder, report)
+    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
+    names = tuple(adapter.name for adapter in config.adapters)
+    runner, words = _build_runner(config, model.decoder, layers, names, size, kernels, recorder, report)
     info = ModelInfo(
         model_path=config.model_path,
         max_model_len=size.max_model_len,
@@ -156,26 +180,50 @@ def wire_engine(
         num_blocks=size.num_blocks,
         block_size=size.block_size,
         sampling_defaults=sampling_defaults,
-        kernels=kernels.description,
-        adapters=tuple(adapter.name for adapter in config.adapters),
+        kernels=words,
+        adapters=names,
     )
-    if kernels.native is not None:
-        # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
-        limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
-        speculation = _choose_speculation(config, _NATIVE_ROW_COST)
-        limits = replace(limits, deterministic=False, copies_blocks=True, speculation=speculation)
-    drafter = build_drafter(draft, geometry.draft, size, limits, device)
-    scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
+    return EngineLoop(scheduler, runner, info, publish), info
+
+
+def _build_runner(
+    config: EngineConfig,
+    decoder: Decoder | NativeDecoder,
+    layers: tuple[PagedLayer, ...],
+    adapters: tuple[str, ...],
+    size: KvCacheSize,
+    kernels: KernelChoice,
+    recorder: GraphRecorder | None,
+    report: Report,
+) -> tuple[ModelRunner, str]:
+    """What executes steps, and for the log what it computes with."""
+    device = decoder.embedding.device
     is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
     max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
-    if config.deterministic and isinstance(model.decoder, Decoder) and _mixes_by_floats(model.decoder, device):
+    if not isinstance(decoder, Decoder):
+        return ModelRunner(decoder, layers, max_rows_together, adapters), kernels.description
+    if config.deterministic and _mixes_by_floats(decoder, device):
         # each sequence alone: how many rows an expert gets follows from who runs beside it
         max_rows_together = 1
-    decoder = model.decoder
-    if config.deterministic and max_rows_together is not None and isinstance(decoder, Decoder):
+    if config.deterministic and max_rows_together is not None:
         decoder = fix_rows(decoder, max_rows_together)
-    runner = ModelRunner(decoder, allocate_layers(size, geometry, device), max_rows_together, info.adapters)
-    return EngineLoop(scheduler, runner, info, publish), info
+    if recorder is None:
+        return ModelRunner(decoder, layers, max_rows_together, adapters), kernels.description
+    max_num_seqs = min(config.max_num_seqs, max_rows_together or config.max_num_seqs)
+    sizes = graph_sizes(max_num_seqs, size.max_model_len)
+    graphs = record_graphs(decoder, layers, sizes, recorder, report)
+    words = f"{kernels.description}, decoding in {graphs.num_recorded} graphs"
+    return ModelRunner(decoder, layers, max_rows_together, adapters, graphs), words
+
+
+def _graph_bytes(config: EngineConfig, models: Sequence[ModelConfig]) -> int:
+    """What recorded steps of these models take."""
+    lens = [
+        min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings) for model in models
+    ]
+    return sum(
+        graph_bytes(model, graph_sizes(config.max_num_seqs, length)) for model, length in zip(models, lens, strict=True)
+    )
 
 
 def _mixes_by_floats(decoder: Decoder, device: torch.device) -> bool:
@@ -257,6 +305,8 @@ def _check_memory(
         return
     dtype = dtype or model.dtype or torch.bfloat16
     workspace = _workspace(model, dtype, choose_limits(config, device), adapters)
+    if records_graphs(config, device):
+        workspace += _graph_bytes(config, [read_model_config(one) for one in directories])
     weights = sum(weight_bytes(reader, dtype) for reader in readers) + adapter_bytes(adapters, model, dtype)
     check_gpu_fits(weights, workspace, gpu_memory(device), config)
 
@@ -278,11 +328,14 @@ def _check_cache_size(
         choose_size(config, geometry, device)
 
 
-def _draft_geometry(config: EngineConfig, draft: LoadedModel | None, device: torch.device) -> KvGeometry | None:
+def _draft_geometry(
+    config: EngineConfig, draft: LoadedModel | None, device: torch.device, num_scratch_blocks: int
+) -> KvGeometry | None:
     if draft is None:
         return None
     dtype = draft.config.dtype or draft.decoder.embedding.dtype
-    return _geometry(config, draft.config, dtype, device, is_native=draft.is_native)
+    geometry = _geometry(config, draft.config, dtype, device, is_native=draft.is_native)
+    return replace(geometry, num_scratch_blocks=num_scratch_blocks)
 
 
 def _geometry(
@@ -295,4 +348,5 @@ def _geometry(
         dtype=KV_DTYPE if is_native else choose_dtype(config, dtype, device),
         max_model_len=model.max_position_embeddings,
         native=is_native,
+        num_scratch_blocks=int(records_graphs(config, device)),
     )

@@ -168,8 +168,8 @@ class ProcessEngineClient:
                 self._board.set_stats(news.stats)
                 self._requests.mark_started(news.started)
                 self._requests.deliver(news.events)
-            case Loading(num_loaded, num_layers):
-                self._board.set_loading(f"loading layer {num_loaded} of {num_layers}")
+            case Loading(detail):
+                self._board.set_loading(detail)
             case Ready(model):
                 self._board.set_ready(model)
                 if self._child is not None:

@@ -36,6 +36,7 @@ class EngineConfig:
     num_speculative_tokens: guesses at what comes next that a step verifies for a sequence, at most; 0 for none.
     adapters: those that requests may choose; all are in memory.
     draft_model_path: a checkpoint directory of a small model that makes the guesses; None: they are looked up.
+    enforce_eager: on a GPU, launch every step's kernels one by one instead of replaying CUDA graphs.
     generation_config auto: the model's generation_config.json says how to sample where a request does not.
     """
 
@@ -58,3 +59,4 @@ class EngineConfig:
     num_speculative_tokens: int = 0
     adapters: tuple[AdapterConfig, ...] = ()
     draft_model_path: str | None = None
+    enforce_eager: bool = False

@@ -67,6 +67,10 @@ class DecodeGraphs:
             report(index + 1, len(self._sizes))
         return tuple(missing)
 
+    @property
+    def num_recorded(self) -> int:
+        return len(self._recorded)
+
     def forward(self, plan: StepPlan, sequences: range) -> Tensor | None:
         """Normalized hidden states [len(sequences), K]; None for a step that none of the recorded ones can stand for.
 

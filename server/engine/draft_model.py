@@ -10,6 +10,9 @@ from quant.errors import CheckpointError
 from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
+from server.engine.graph_recorder import GraphRecorder
+from server.engine.graph_setup import Report, record_graphs
+from server.engine.graph_sizes import graph_sizes
 from server.engine.kernel_choice import KernelChoice
 from server.engine.kv_cache import KvCacheSize, KvGeometry, allocate_layers
 from server.engine.memory_plan import weight_bytes
@@ -17,6 +20,7 @@ from server.engine.model_drafter import DraftLimits, ModelDrafter
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import SchedulerLimits
 from server.model.config import ModelConfig, read_model_config
+from server.model.decoder import Decoder
 from server.model.expected_tensors import check_tensors
 from server.model.loader import LoadedModel, ignore_load_progress, load_model
 from server.model.native_loader import find_native_obstacle
@@ -112,14 +116,22 @@ def build_drafter(
     size: KvCacheSize,
     limits: SchedulerLimits,
     device: torch.device,
+    recorder: GraphRecorder | None = None,
+    report: Report = ignore_load_progress,
 ) -> ModelDrafter | None:
     """A drafter with a cache of as many blocks as the model's; None without a draft model and its cache's geometry.
 
-    Raises EngineSetupError where the cache cannot be allocated.
+    recorder: what its steps are recorded with. Raises EngineSetupError where the cache cannot be allocated.
     """
     if draft is None or geometry is None:
         return None
-    runner = ModelRunner(draft.decoder, allocate_layers(size, geometry, device))
+    layers = allocate_layers(size, geometry, device)
+    graphs = None
+    if recorder is not None and isinstance(draft.decoder, Decoder):
+        longest = min(size.max_model_len, draft.config.max_position_embeddings)
+        sizes = graph_sizes(limits.max_num_seqs, longest)
+        graphs = record_graphs(draft.decoder, layers, sizes, recorder, report)
+    runner = ModelRunner(draft.decoder, layers, graphs=graphs)
     return ModelDrafter(
         runner,
         BlockPool(size.num_blocks, size.block_size),

@@ -113,8 +113,7 @@ class InProcessEngineClient:
         self._requests.deliver(news.events)
 
     def _report(self, progress: LoadProgress) -> None:
-        detail = f"loading layer {progress.num_layers_loaded} of {progress.num_layers}"
-        self._post(self._board.set_loading, detail)
+        self._post(self._board.set_loading, progress.detail)
 
     def _publish(self, news: EngineNews) -> None:
         self._post(self._take_news, news)

@@ -32,7 +32,7 @@ class KvGeometry:
     """What decides the size of the cache. dtype: of the cache. max_model_len: the longest context of the training.
 
     native: for the native CPU kernels, which have keys in an order of their own. draft: of the model that guesses,
-    whose cache has as many blocks.
+    whose cache has as many blocks. num_scratch_blocks: beyond those that sequences get.
     """
 
     num_layers: int
@@ -42,6 +42,7 @@ class KvGeometry:
     max_model_len: int
     native: bool = False
     draft: "KvGeometry | None" = None
+    num_scratch_blocks: int = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -98,14 +99,14 @@ def choose_size(
     wanted_len = config.max_model_len or geometry.max_model_len
     useful_blocks = config.max_num_seqs * -(-wanted_len // block_size)
     cache_bytes = _cache_bytes(config, device, workspace_bytes)
-    num_blocks = min(cache_bytes // bytes_per_block, useful_blocks)
+    num_blocks = min(max(cache_bytes // bytes_per_block - geometry.num_scratch_blocks, 0), useful_blocks)
     capacity = num_blocks * block_size
     # the length that was asked for; where none was, any that a block holds will do
     shortest_len, name = (
         (block_size, "a block of") if config.max_model_len is None else (config.max_model_len, "max_model_len")
     )
     if capacity < shortest_len:
-        smallest = -(-shortest_len // block_size) * bytes_per_block
+        smallest = (-(-shortest_len // block_size) + geometry.num_scratch_blocks) * bytes_per_block
         raise EngineSetupError(
             f"the KV cache of {cache_bytes} bytes holds {capacity} tokens, fewer than {name} {shortest_len}: "
             f"{_advice(config, device)} (at least {smallest} bytes are needed), "
@@ -115,18 +116,19 @@ def choose_size(
 
 
 def allocate_layers(size: KvCacheSize, geometry: KvGeometry, device: torch.device) -> tuple[PagedLayer, ...]:
-    """The caches of each layer, as `PagedLayer` describes them.
+    """The caches of each layer, as `PagedLayer` describes them; scratch blocks are the last ones.
 
     Nothing is written to them: no slot is read before it is, and memory that nobody has touched yet is not taken from
     the machine.
     """
+    num_blocks = size.num_blocks + geometry.num_scratch_blocks
     try:
         if geometry.native:
-            shape = (size.num_blocks, geometry.num_kv_heads, size.block_size, geometry.head_dim)
+            shape = (num_blocks, geometry.num_kv_heads, size.block_size, geometry.head_dim)
             return tuple(allocate_native_layer(*shape) for _ in range(geometry.num_layers))
         return tuple(
             allocate_layer(
-                size.num_blocks,
+                num_blocks,
                 geometry.num_kv_heads,
                 size.block_size,
                 geometry.head_dim,
@@ -136,7 +138,7 @@ def allocate_layers(size: KvCacheSize, geometry: KvGeometry, device: torch.devic
             for _ in range(geometry.num_layers)
         )
     except RuntimeError as error:
-        needed = size.num_blocks * size.block_size * geometry.bytes_per_token
+        needed = num_blocks * size.block_size * geometry.bytes_per_token
         raise EngineSetupError(
             f"{needed / _MIB:.1f} MiB for the KV cache could not be allocated ({error}): set kv_cache_memory lower"
         ) from error

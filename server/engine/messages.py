@@ -35,8 +35,9 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    num_layers_loaded: int
-    num_layers: int
+    """detail: how far the start is, for people."""
+
+    detail: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -41,7 +41,7 @@ class _Parent:
         self.socket.send(messages.encode(message))
 
     def report(self, progress: LoadProgress) -> None:
-        self.send(Loading(progress.num_layers_loaded, progress.num_layers))
+        self.send(Loading(progress.detail))
 
     def publish(self, news: EngineNews) -> None:
         self.send(News(news))

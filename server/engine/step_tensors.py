@@ -96,7 +96,7 @@ def _adapter_rows(
 
 
 def pick_rows(tensor: Tensor, indices: Sequence[int]) -> Tensor:
-    """Rows of a tensor [R, ...] in the order of indices; the tensor itself where those are all. Nothing is waited for."""
+    """Rows of a tensor [R, ...] in the order of indices, without waiting; the tensor itself where those are all."""
     if list(indices) == list(range(len(tensor))):
         return tensor
     return tensor.index_select(0, copy_to_device(np.array(indices, dtype=np.int64), tensor.device))

@@ -56,10 +56,16 @@ _GATES = {Activation.SILU: dispatch.silu_gate, Activation.GELU_TANH: dispatch.ge
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How many of the model's layers are on the device."""
+    """How far an engine is that starts: of num_all things to do so many are done, each an activity's."""
 
-    num_layers_loaded: int
-    num_layers: int
+    num_done: int
+    num_all: int
+    activity: str = "loading layer"
+
+    @property
+    def detail(self) -> str:
+        """For people."""
+        return f"{self.activity} {self.num_done} of {self.num_all}"
 
 
 def ignore_load_progress(_progress: LoadProgress) -> None:

@@ -79,7 +79,7 @@ class _Notes(TorchDispatchMode):
         # inside of a kernel nothing is noted: all of it is
         self.is_inside_kernel = False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         kwargs = kwargs or {}
         if not self.is_inside_kernel:
             _refuse_waiting(func, args)
@@ -130,7 +130,7 @@ class _NoWaiting(TorchFunctionMode):
         super().__init__()
         self._notes = notes
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         if not self._notes.is_inside_kernel and getattr(func, "__name__", "") in _WAITING_METHODS:
             raise CaptureError(f"{func.__name__} waits for the device, or brings what is on the host")
         return func(*args, **(kwargs or {}))

@@ -38,7 +38,7 @@ class EagerRunner:
         self.runner = self.build(num_blocks)
         self.num_decode_steps = 0
 
-    def build(self, num_blocks: int) -> ModelRunner:  # noqa: ARG002 - others do
+    def build(self, num_blocks: int) -> ModelRunner:
         return ModelRunner(CountingDecoder(), self.layers)
 
     def execute(self, plan: StepPlan) -> StepResult:

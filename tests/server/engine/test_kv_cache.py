@@ -108,3 +108,11 @@ def test_a_gpu_reads_no_other_floats_than_the_models() -> None:
 
 def test_free_memory_is_a_part_of_this_machines() -> None:
     assert 2**20 < host_memory.available_bytes() < 2**50
+
+
+def test_scratch_blocks_come_after_those_of_sequences_and_within_the_memory_that_was_asked_for() -> None:
+    geometry = replace(GEOMETRY, num_scratch_blocks=1)
+    config = replace(CONFIG, kv_cache_bytes=100 * BYTES_PER_TOKEN)
+    size = choose_size(config, geometry, CPU)
+    assert size.num_blocks == choose_size(config, GEOMETRY, CPU).num_blocks - 1
+    assert len(allocate_layers(size, geometry, CPU)[0].keys) == size.num_blocks + 1

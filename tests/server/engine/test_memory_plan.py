@@ -10,11 +10,13 @@ from server.engine import host_memory
 from server.engine.assembly import assemble_engine
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
+from server.engine.graph_sizes import GraphSize
 from server.engine.memory_plan import (
     DeviceMemory,
     cache_budget,
     check_gpu_fits,
     check_host_fits,
+    graph_bytes,
     weight_bytes,
     workspace_bytes,
 )
@@ -103,3 +105,13 @@ def test_an_engine_without_room_for_its_weights_does_not_load_them(
     with pytest.raises(EngineSetupError, match="the weights take"):
         assemble_engine(config, layers.append, lambda news: None)
     assert layers == []
+
+
+def test_recorded_steps_take_memory_for_their_launches_and_once_what_the_largest_computes_in(tmp_path: Path) -> None:
+    model = read_model_config(save_tiny_model("llama", tmp_path))
+    assert graph_bytes(model, ()) == 0
+    # 4 heads of 16, and two numbers for each: of 8 sequences 16 spans of 512 tokens, or of 64 one
+    spans = 4 * 4 * 18 * max(8 * 16, 64)
+    work = workspace_bytes(model, torch.float32, max_num_tokens=64, max_num_drawn=0)
+    launches = 2 * 2 * 2**19
+    assert graph_bytes(model, (GraphSize(64, 512), GraphSize(8, 8192))) == launches + spans + work

@@ -38,7 +38,7 @@ def test_what_the_api_says_arrives_as_it_was(message: messages.ToEngine) -> None
 @pytest.mark.parametrize(
     "message",
     [
-        messages.Loading(3, 30),
+        messages.Loading("loading layer 3 of 30"),
         messages.Ready(ModelInfo("path", 512, 272, (258,), "cpu", "float32", 16, 32)),
         messages.StartFailed("config.json is missing"),
         messages.News(EngineNews(("r",), (EVENT,), EngineStats(1, 2, 3, 4, 5, 6, 7, 8))),
@@ -53,7 +53,7 @@ def test_the_start_carries_every_setting() -> None:
     assert messages.decode_start(messages.encode_start(start)) == start
 
 
-@pytest.mark.parametrize("frame", [b"\x93\x01\x02\x03", messages.encode(messages.Loading(1, 2))])
+@pytest.mark.parametrize("frame", [b"\x93\x01\x02\x03", messages.encode(messages.Loading("loading layer 1 of 2"))])
 def test_what_is_no_such_message_is_refused(frame: bytes) -> None:
     with pytest.raises(msgspec.ValidationError):
         messages.decode_to_engine(frame)

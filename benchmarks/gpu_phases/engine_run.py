@@ -11,6 +11,7 @@ from server.engine.config import EngineConfig
 from server.engine.kernel_choice import KernelChoice
 from server.engine.kv_cache import KvGeometry, choose_size
 from server.engine.request import EngineNews, GenerationRequest, SamplingDefaults, SamplingParams
+from server.engine.runner_setup import choose_recorder
 from server.model.loader import LoadedModel
 
 # blocks are whole, and a sequence may need one more than its tokens fill
@@ -43,7 +44,7 @@ def engine_block_size(bench: Bench, model: LoadedModel) -> int:
 
 
 class EngineRun:
-    """An engine for so many sequences of so many tokens each; its first run compiles what later ones need."""
+    """An engine for so many sequences of so many tokens each, as the server starts it: compiled, decoding recorded."""
 
     def __init__(self, bench: Bench, model: LoadedModel, max_streams: int, max_tokens: int) -> None:
         config = model.config
@@ -55,7 +56,13 @@ class EngineRun:
             kv_cache_bytes=max_streams * (max_tokens + SPARE_TOKENS) * config.num_layers * kv_width,
         )
         self._loop, _ = wire_engine(
-            settings, model, bench.device, KernelChoice(None, "triton"), SamplingDefaults(), self._count
+            settings,
+            model,
+            bench.device,
+            KernelChoice(None, "triton"),
+            SamplingDefaults(),
+            self._count,
+            recorder=choose_recorder(settings, bench.device),
         )
         self._vocab_size, self._max_tokens = config.vocab_size, max_tokens
         self._num_tokens: dict[str, int] = {}

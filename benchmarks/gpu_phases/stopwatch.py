@@ -1,4 +1,4 @@
-"""Times short calls on the device. The only file that knows of CUDA events and graphs; a CPU has a clock instead."""
+"""Times short calls on the device. The only file that knows of CUDA events; a CPU has a clock instead."""
 
 import statistics
 import time
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from server.engine.graph_recorder import CudaGraphRecorder, Replay
 
 Call = Callable[[], object]
 
@@ -80,13 +82,13 @@ class ClockStopwatch:
 
 @dataclass(frozen=True)
 class GraphRun:
-    """calls: what the graph replays; they hold the tensors that it reads and writes."""
+    """calls: what is replayed; they hold the tensors that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Replay
     calls: tuple[Call, ...]
 
     def start(self) -> None:
-        self.graph.replay()
+        self.replay()
 
 
 class CudaStopwatch:
@@ -95,13 +97,14 @@ class CudaStopwatch:
     def prepare(self, calls: Sequence[Call]) -> GraphRun:
         for call in dict.fromkeys(calls):
             call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def run() -> None:
             # results are dropped at once, so the next call writes where this one did
             for call in calls:
                 call()
-        return GraphRun(graph, tuple(calls))
+
+        # a pool of its own: what runs leave behind is read by nobody, but a run may be let go before others
+        return GraphRun(CudaGraphRecorder().record(run), tuple(calls))
 
     def compare(self, runs: Mapping[str, Run], num_rounds: int) -> dict[str, list[float]]:
         names = [name for _ in range(num_rounds) for name in runs]

@@ -17,6 +17,7 @@ from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.draft_length import Speculation
 from server.engine.draft_model import (
+    build_draft_runner,
     build_drafter,
     check_draft_kernels,
     check_draft_model,
@@ -25,7 +26,6 @@ from server.engine.draft_model import (
 )
 from server.engine.errors import EngineSetupError
 from server.engine.graph_recorder import GraphRecorder
-from server.engine.graph_setup import Report, choose_recorder, record_graphs, records_graphs
 from server.engine.graph_sizes import graph_sizes
 from server.engine.kernel_choice import NATIVE_CACHE_DTYPES, KernelChoice, choose_kernels
 from server.engine.kv_cache import (
@@ -41,8 +41,17 @@ from server.engine.loop import EngineLoop, Publish
 from server.engine.memory_plan import check_gpu_fits, check_host_fits, graph_bytes, weight_bytes, workspace_bytes
 from server.engine.model_runner import ModelRunner
 from server.engine.request import ModelInfo, SamplingDefaults
+from server.engine.runner_setup import (
+    BuiltRunner,
+    Report,
+    build_graphs,
+    choose_recorder,
+    get_ready,
+    records_graphs,
+)
 from server.engine.sampling_defaults import read_sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.warm_up import WarmUpLimits
 from server.model.adapter import Adapter, open_adapter
 from server.model.adapter_base import fit_adapters
 from server.model.adapter_stacks import adapter_bytes, adapter_row_bytes
@@ -51,7 +60,6 @@ from server.model.decoder import Decoder
 from server.model.fixed_rows import fix_rows
 from server.model.loader import LoadedModel, ignore_load_progress, load_model
 from server.model.moe import Moe
-from server.model.native_decoder import NativeDecoder
 
 _GPU_STEP_TOKENS = 2048
 # a running request waits for it once a step. The demo model on two cores that others use too: 256 tokens take 2 s,
@@ -165,11 +173,13 @@ def wire_engine(
         speculation = _choose_speculation(config, _NATIVE_ROW_COST)
         limits = replace(limits, deterministic=False, copies_blocks=True, speculation=speculation)
     layers = allocate_layers(size, geometry, device)
-    # before the model's own graphs, which may do with less memory
-    drafter = build_drafter(draft, geometry.draft, size, limits, device, recorder, report)
+    drafting = build_draft_runner(draft, geometry.draft, size, limits, device, recorder)
+    drafter = build_drafter(drafting, size, limits)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
-    names = tuple(adapter.name for adapter in config.adapters)
-    runner, words = _build_runner(config, model.decoder, layers, names, size, kernels, recorder, report)
+    built = _build_runner(config, model, layers, limits, size, recorder)
+    # a draft model's graphs first, of which a step replays several
+    get_ready([*([drafting] if drafting is not None else []), built], device, report)
+    graphs = "" if built.graphs is None else f", decoding in {built.graphs.num_recorded} graphs"
     info = ModelInfo(
         model_path=config.model_path,
         max_model_len=size.max_model_len,
@@ -180,40 +190,42 @@ def wire_engine(
         num_blocks=size.num_blocks,
         block_size=size.block_size,
         sampling_defaults=sampling_defaults,
-        kernels=words,
-        adapters=names,
+        kernels=kernels.description + graphs,
+        adapters=built.limits.adapters,
     )
-    return EngineLoop(scheduler, runner, info, publish), info
+    return EngineLoop(scheduler, built.runner, info, publish), info
 
 
 def _build_runner(
     config: EngineConfig,
-    decoder: Decoder | NativeDecoder,
+    model: LoadedModel,
     layers: tuple[PagedLayer, ...],
-    adapters: tuple[str, ...],
+    limits: SchedulerLimits,
     size: KvCacheSize,
-    kernels: KernelChoice,
     recorder: GraphRecorder | None,
-    report: Report,
-) -> tuple[ModelRunner, str]:
-    """What executes steps, and for the log what it computes with."""
-    device = decoder.embedding.device
-    is_isolated = kernels.native is None and (device.type == "cpu" or config.deterministic)
-    max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
+) -> BuiltRunner:
+    decoder, device = model.decoder, model.decoder.embedding.device
+    adapters = tuple(adapter.name for adapter in config.adapters)
+    within = WarmUpLimits(
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        size.max_model_len,
+        model.config.vocab_size,
+        size.block_size,
+        adapters,
+    )
     if not isinstance(decoder, Decoder):
-        return ModelRunner(decoder, layers, max_rows_together, adapters), kernels.description
+        return BuiltRunner(ModelRunner(decoder, layers, None, adapters), None, within)
+    is_isolated = device.type == "cpu" or config.deterministic
+    max_rows_together = dispatch.max_rows_together(device) if is_isolated else None
     if config.deterministic and _mixes_by_floats(decoder, device):
         # each sequence alone: how many rows an expert gets follows from who runs beside it
         max_rows_together = 1
     if config.deterministic and max_rows_together is not None:
         decoder = fix_rows(decoder, max_rows_together)
-    if recorder is None:
-        return ModelRunner(decoder, layers, max_rows_together, adapters), kernels.description
-    max_num_seqs = min(config.max_num_seqs, max_rows_together or config.max_num_seqs)
-    sizes = graph_sizes(max_num_seqs, size.max_model_len)
-    graphs = record_graphs(decoder, layers, sizes, recorder, report)
-    words = f"{kernels.description}, decoding in {graphs.num_recorded} graphs"
-    return ModelRunner(decoder, layers, max_rows_together, adapters, graphs), words
+    most_together = min(limits.max_num_seqs, max_rows_together or limits.max_num_seqs)
+    graphs = build_graphs(decoder, layers, most_together, size.max_model_len, recorder)
+    return BuiltRunner(ModelRunner(decoder, layers, max_rows_together, adapters, graphs), graphs, within)
 
 
 def _graph_bytes(config: EngineConfig, models: Sequence[ModelConfig]) -> int:

@@ -11,14 +11,14 @@ from server.engine.block_pool import BlockPool
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineSetupError
 from server.engine.graph_recorder import GraphRecorder
-from server.engine.graph_setup import Report, record_graphs
-from server.engine.graph_sizes import graph_sizes
 from server.engine.kernel_choice import KernelChoice
 from server.engine.kv_cache import KvCacheSize, KvGeometry, allocate_layers
 from server.engine.memory_plan import weight_bytes
 from server.engine.model_drafter import DraftLimits, ModelDrafter
 from server.engine.model_runner import ModelRunner
+from server.engine.runner_setup import BuiltRunner, build_graphs
 from server.engine.scheduler import SchedulerLimits
+from server.engine.warm_up import WarmUpLimits
 from server.model.config import ModelConfig, read_model_config
 from server.model.decoder import Decoder
 from server.model.expected_tensors import check_tensors
@@ -110,35 +110,46 @@ def draft_cost(config: EngineConfig) -> float:
     return draft / model
 
 
-def build_drafter(
+def build_draft_runner(
     draft: LoadedModel | None,
     geometry: KvGeometry | None,
     size: KvCacheSize,
     limits: SchedulerLimits,
     device: torch.device,
-    recorder: GraphRecorder | None = None,
-    report: Report = ignore_load_progress,
-) -> ModelDrafter | None:
-    """A drafter with a cache of as many blocks as the model's; None without a draft model and its cache's geometry.
+    recorder: GraphRecorder | None,
+) -> BuiltRunner | None:
+    """What runs the draft model, with a cache of as many blocks as the model's; None without a draft model.
 
-    recorder: what its steps are recorded with. Raises EngineSetupError where the cache cannot be allocated.
+    geometry: of its cache. recorder: what its steps are recorded with. Raises EngineSetupError where the cache cannot
+    be allocated.
     """
     if draft is None or geometry is None:
         return None
     layers = allocate_layers(size, geometry, device)
+    within = WarmUpLimits(
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        min(size.max_model_len, draft.config.max_position_embeddings),
+        draft.config.vocab_size,
+        size.block_size,
+    )
     graphs = None
-    if recorder is not None and isinstance(draft.decoder, Decoder):
-        longest = min(size.max_model_len, draft.config.max_position_embeddings)
-        sizes = graph_sizes(limits.max_num_seqs, longest)
-        graphs = record_graphs(draft.decoder, layers, sizes, recorder, report)
-    runner = ModelRunner(draft.decoder, layers, graphs=graphs)
+    if isinstance(draft.decoder, Decoder):
+        graphs = build_graphs(draft.decoder, layers, limits.max_num_seqs, within.max_model_len, recorder)
+    return BuiltRunner(ModelRunner(draft.decoder, layers, graphs=graphs), graphs, within)
+
+
+def build_drafter(built: BuiltRunner | None, size: KvCacheSize, limits: SchedulerLimits) -> ModelDrafter | None:
+    """None without a draft model's runner."""
+    if built is None:
+        return None
     return ModelDrafter(
-        runner,
+        built.runner,
         BlockPool(size.num_blocks, size.block_size),
         DraftLimits(
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
-            draft.config.max_position_embeddings,
+            built.limits.max_model_len,
             limits.prefix_caching,
         ),
     )

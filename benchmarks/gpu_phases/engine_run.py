@@ -67,13 +67,9 @@ class EngineRun:
         self._vocab_size, self._max_tokens = config.vocab_size, max_tokens
         self._num_tokens: dict[str, int] = {}
         self._num_runs = 0
-        self._is_warm = False
 
     def run(self, num_streams: int, prompt_tokens: int, decode_steps: int) -> EngineSpeeds:
         """Read as many prompts, then decode all of them for so many steps; greedy, prompts that share nothing."""
-        if not self._is_warm:
-            self._is_warm = True
-            self.run(1, prompt_tokens, 1)
         requests = self._requests(num_streams, prompt_tokens)
         started = time.perf_counter()
         for request in requests:

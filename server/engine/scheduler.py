@@ -249,17 +249,21 @@ class Scheduler:
     ) -> None:
         """Spend what nobody else needs of a step, budget and blocks, on guesses at what comes after known tokens."""
         cost = speculation.relative_cost(len(num_tokens), sum(num_tokens.values()))
+        num_free, block_size = self._pool.num_free, self._pool.block_size
         wanted = {}
         for sequence in num_tokens:
             if sequence.num_known - sequence.num_computed == 1 and budget:
                 length = sequence.choose_draft_length(min(speculation.num_tokens, budget), cost)
+                # a guess that has no place would be made for nothing
+                length = min(length, sequence.num_places + num_free * block_size - sequence.num_known)
                 if length:
                     wanted[sequence] = length
                     budget -= length
+                    num_free -= max(sequence.num_blocks_for(sequence.num_known + length) - len(sequence.blocks), 0)
         for sequence, guesses in drafter.draft(wanted).items():
             sequence.put_draft(guesses)
-            if not self._cache.allocate_missing(sequence):
-                sequence.num_drafted = sequence.num_places - sequence.num_known
+            has_places = self._cache.allocate_missing(sequence)
+            assert has_places, "more guesses than were asked for"
             num_tokens[sequence] += sequence.num_drafted
 
     def _share(self, sequence: Sequence, budget: int) -> int:

@@ -1,14 +1,17 @@
 """Guesses change no token: crowds on tiny caches, with a model that mostly repeats itself, and single rules."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
+from server.engine.block_pool import BlockPool
 from server.engine.draft_length import Speculation
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams
-from server.engine.scheduler import SchedulerLimits
-from server.engine.step_plan import SampledToken, StepPlan, StepResult
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Sequence
+from server.engine.step_plan import SampledToken, StepPlan, StepResult, TokenIds
 from tests.fakes import RepeatingRunner, expected_output, expected_repeating_output
 from tests.server.engine.crowd import Journey, serve_crowd
 from tests.server.engine.simulation import Simulation, random_request, request
@@ -182,3 +185,34 @@ def test_an_abort_between_steps_frees_the_blocks_of_guesses_too() -> None:
     engine.loop.abort("r")
     engine.loop.check_integrity()
     assert engine.pool.num_free == engine.num_blocks
+
+
+class AskedDrafter:
+    """Guesses nothing, and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, int]] = []
+
+    def draft(self, wanted: Mapping[Sequence, int]) -> Mapping[Sequence, TokenIds]:
+        self.asked.append({sequence.request_id: length for sequence, length in wanted.items()})
+        return {}
+
+    def stop(self, sequence: Sequence) -> None:
+        pass
+
+
+def test_no_guess_is_asked_for_that_the_full_cache_has_no_place_for() -> None:
+    # given four blocks of four, of which two requests hold two each
+    drafter = AskedDrafter()
+    limits = SchedulerLimits(2, 64, speculation=CHEAP)
+    scheduler = Scheduler(limits, BlockPool(4, 4), drafter)
+    for one in (request("roomy", num_prompt=5), request("full", num_prompt=7)):
+        scheduler.add(one)
+    prompts = scheduler.plan_step()
+    scheduler.apply(prompts, StepResult((SampledToken(1), SampledToken(2))))
+
+    # when they decode
+    scheduler.plan_step()
+
+    # then one has places for two guesses behind its six tokens, and the other's eight fill its blocks
+    assert drafter.asked[-1] == {"roomy": 2}

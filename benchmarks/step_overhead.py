@@ -21,8 +21,10 @@ from benchmarks.json_file import write_json
 from benchmarks.machine import measure_busy_cores
 from server.engine import messages
 from server.engine.block_pool import BlockPool
+from server.engine.graph_sizes import GraphSize
 from server.engine.request import EngineNews, GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.static_step import StaticStep, num_words
 from server.engine.step_plan import SampledToken, StepPlan, StepResult
 from server.engine.step_tensors import build_step_tensors
 
@@ -45,11 +47,17 @@ class StepCost:
     plan: float
     apply: float
     tensors: float
+    operands: float
     messages: float
 
     @property
     def scheduling(self) -> float:
         return self.plan + self.apply
+
+    @property
+    def waiting(self) -> float:
+        """What a device that replays graphs waits for between two steps, launching aside."""
+        return self.apply + self.messages + self.plan + self.operands
 
 
 def measure(num_sequences: int, num_repeats: int) -> StepCost:
@@ -63,30 +71,43 @@ def measure(num_sequences: int, num_repeats: int) -> StepCost:
         length = PROMPT_TOKENS + index % BLOCK_SIZE
         prompt = tuple((index * 7919 + 31 * place) % 32_000 for place in range(length))
         scheduler.add(GenerationRequest(f"cmpl-{index:032x}-0", prompt, SamplingParams(max_tokens=max_tokens)))
-    _time_step(scheduler)
+    step = static_step(num_sequences, -(-(PROMPT_TOKENS + BLOCK_SIZE + max_tokens) // BLOCK_SIZE) * BLOCK_SIZE)
+    _time_step(scheduler, step)
     # as the engine's process does when it has loaded
     gc.collect()
     gc.freeze()
     # [repeats, steps of a block, parts]
-    seconds = np.array([[_time_step(scheduler) for _ in range(BLOCK_SIZE)] for _ in range(num_repeats)])
+    seconds = np.array([[_time_step(scheduler, step) for _ in range(BLOCK_SIZE)] for _ in range(num_repeats)])
     return StepCost(num_sequences, *(seconds.min(axis=0).mean(axis=0) * MICROSECONDS).tolist())
 
 
-def _time_step(scheduler: Scheduler) -> tuple[float, float, float, float]:
-    """Seconds of planning, applying, tensors and messages of one step."""
+def static_step(num_sequences: int, context_len: int) -> StaticStep:
+    """The operands of a recorded step, with memory of the host's in the place of the device's."""
+    size = GraphSize(num_sequences, context_len)
+    words = torch.zeros(num_words(size, BLOCK_SIZE), dtype=torch.int32)
+    query_starts = torch.arange(num_sequences + 1, dtype=torch.int32)
+    return StaticStep(size, words, query_starts, BLOCK_SIZE, scratch_block=0)
+
+
+def _time_step(scheduler: Scheduler, step: StaticStep) -> tuple[float, float, float, float, float]:
+    """Seconds of planning, applying, tensors, operands and messages of one step."""
     started = perf_counter()
     plan = scheduler.plan_step()
     planned = perf_counter()
     assert plan is not None
     build_step_tensors(plan, range(len(plan.request_ids)), BLOCK_SIZE, torch.device("cpu"), {})
     built = perf_counter()
+    # the first step reads prompts
+    if len(plan.token_ids) == len(plan.request_ids):
+        step.fill(plan, range(len(plan.request_ids)))
+    filled = perf_counter()
     result = _answer(plan)
     answered = perf_counter()
     events = scheduler.apply(plan, result)
     applied = perf_counter()
     messages.encode(messages.News(EngineNews((), tuple(events), scheduler.stats())))
     encoded = perf_counter()
-    return planned - started, applied - answered, built - planned, encoded - applied
+    return planned - started, applied - answered, built - planned, filled - built, encoded - applied
 
 
 def _answer(plan: StepPlan) -> StepResult:
@@ -103,17 +124,27 @@ def fit(costs: Sequence[StepCost], values: Sequence[float]) -> tuple[float, floa
 def render(costs: Sequence[StepCost]) -> Table:
     table = Table(title="microseconds of a step that decodes, the device left out", title_justify="left")
     table.add_column("sequences", justify="right")
-    for name in ("plan", "apply", "plan + apply", "step tensors", "messages"):
+    for name in ("plan", "apply", "plan + apply", "step tensors", "graph operands", "messages", "GPU waits"):
         table.add_column(name, justify="right")
     for cost in costs:
-        parts = (cost.plan, cost.apply, cost.scheduling, cost.tensors, cost.messages)
+        parts = (
+            cost.plan,
+            cost.apply,
+            cost.scheduling,
+            cost.tensors,
+            cost.operands,
+            cost.messages,
+            cost.waiting,
+        )
         table.add_row(str(cost.num_sequences), *(f"{part:.0f}" for part in parts))
     columns = (
         [cost.plan for cost in costs],
         [cost.apply for cost in costs],
         [cost.scheduling for cost in costs],
         [cost.tensors for cost in costs],
+        [cost.operands for cost in costs],
         [cost.messages for cost in costs],
+        [cost.waiting for cost in costs],
     )
     fits = [fit(costs, column) for column in columns]
     table.add_section()

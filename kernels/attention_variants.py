@@ -55,6 +55,11 @@ HEAD_SHAPES = (
     HeadShape(256, 2, 64),
 )
 
+# instructions of a decode program for a span that its sequence does not reach. Where the tensor cores have a memory of
+# their own, it is asked for first
+_MAX_IDLE, _MAX_IDLE_BLACKWELL = 48, 128
+BLACKWELL_ARCH = 100
+
 # key heads of the write that is compiled
 WRITTEN_HEADS = 8
 
@@ -187,7 +192,7 @@ def _attention_variant(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         max_registers=tile.max_registers,
-        loop=_loop_rules(tile, warp_products=kernel == "decode_kernel"),
+        loop=_loop_rules(tile, warp_products=kernel == "decode_kernel", max_idle=_max_idle(kernel, arch)),
     )
 
 
@@ -238,9 +243,17 @@ def _write_variant(arch: int, use: Use, shape: HeadShape) -> Variant:
     return plain_variant("write_kv_kernel", arch, label, arguments, constants, COPY_WARPS)
 
 
-def _loop_rules(tile: AttentionTile, *, warp_products: bool) -> LoopRules:
+def _loop_rules(tile: AttentionTile, *, warp_products: bool, max_idle: int | None) -> LoopRules:
     units = tile.num_keys / COUNTED_KEYS * (COUNTED_WARPS / tile.num_warps)
-    return LoopRules(f"{COUNTED_KEYS} keys", units=units, warp_products=warp_products, has_edges=True)
+    unit = f"{COUNTED_KEYS} keys"
+    return LoopRules(unit, units=units, warp_products=warp_products, has_edges=True, max_idle=max_idle)
+
+
+def _max_idle(kernel: str, arch: int) -> int | None:
+    """A recorded launch of decode is for longer contexts than most sequences have."""
+    if kernel != "decode_kernel":
+        return None
+    return _MAX_IDLE_BLACKWELL if arch == BLACKWELL_ARCH else _MAX_IDLE
 
 
 def _cache_arguments(cached: str, codes: Codes | None) -> Arguments:

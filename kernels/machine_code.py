@@ -135,4 +135,8 @@ def _loop_faults(code: MachineCode) -> list[str]:
         faults.append("has no asynchronous copies of 128 bits in its loop")
     if not rules.from_integers and any(FROM_INTEGERS.match(name) for name in code.loop):
         faults.append("converts integers to floating point in its loop")
+    # the first way out is that of a program without work
+    idle = OPERATION.findall(code.assembly).index("EXIT") + 1 if rules.max_idle is not None else 0
+    if rules.max_idle is not None and idle > rules.max_idle:
+        faults.append(f"ends after {idle} instructions where there is nothing to do, not after {rules.max_idle}")
     return faults

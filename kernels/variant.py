@@ -23,6 +23,7 @@ class LoopRules:
     copies of 128 bits. from_integers: whether instructions that convert integers to floating point are allowed.
     warp_products: whether the products may be those of one warp (HMMA) on every architecture, as the ones of a tile
     with few rows are. has_edges: whether a second, longer loop is for the few tiles at the ends, which are masked.
+    max_idle: the most instructions of a program that has nothing to do, where many of a launch are such; None for any.
     """
 
     unit: str
@@ -31,6 +32,7 @@ class LoopRules:
     from_integers: bool = False
     warp_products: bool = False
     has_edges: bool = False
+    max_idle: int | None = None
 
 
 @dataclass(frozen=True)

@@ -157,11 +157,9 @@ def wire_engine(
 
     draft: the model that guesses, on the same device. recorder: what decoding is recorded with before this returns.
     """
-    # the dtype that it computes in
-    dtype = model.config.dtype or model.decoder.embedding.dtype
-    geometry = _geometry(config, model.config, dtype, device, is_native=kernels.native is not None)
-    scratch = int(recorder is not None)
-    geometry = replace(geometry, draft=_draft_geometry(config, draft, device, scratch), num_scratch_blocks=scratch)
+    dtype = _dtype_of(model)
+    geometry = replace(_loaded_geometry(config, model, device), draft=_draft_geometry(config, draft, device))
+    geometry = geometry.with_scratch_blocks(int(recorder is not None))
     limits = choose_limits(config, device)
     workspace = _workspace(model.config, dtype, limits, model.adapters)
     if recorder is not None:
@@ -340,14 +338,17 @@ def _check_cache_size(
         choose_size(config, geometry, device)
 
 
-def _draft_geometry(
-    config: EngineConfig, draft: LoadedModel | None, device: torch.device, num_scratch_blocks: int
-) -> KvGeometry | None:
-    if draft is None:
-        return None
-    dtype = draft.config.dtype or draft.decoder.embedding.dtype
-    geometry = _geometry(config, draft.config, dtype, device, is_native=draft.is_native)
-    return replace(geometry, num_scratch_blocks=num_scratch_blocks)
+def _draft_geometry(config: EngineConfig, draft: LoadedModel | None, device: torch.device) -> KvGeometry | None:
+    return None if draft is None else _loaded_geometry(config, draft, device)
+
+
+def _loaded_geometry(config: EngineConfig, model: LoadedModel, device: torch.device) -> KvGeometry:
+    return _geometry(config, model.config, _dtype_of(model), device, is_native=model.is_native)
+
+
+def _dtype_of(model: LoadedModel) -> torch.dtype:
+    """What it computes in."""
+    return model.config.dtype or model.decoder.embedding.dtype
 
 
 def _geometry(

@@ -101,7 +101,6 @@ class DecodeGraphs:
         """Whether there was memory for it."""
         block_size = self._kv_layers[0].block_size
         step = StaticStep(size, self._words, self._query_starts, block_size, self._scratch_block)
-        step.clear()
 
         def run() -> None:
             hidden = self._decoder.forward(step.token_ids, step.positions, step.batch, self._kv_layers)

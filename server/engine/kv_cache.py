@@ -3,7 +3,7 @@
 A block is block_size tokens of every layer, so one block id names a place in each layer's tensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +43,11 @@ class KvGeometry:
     native: bool = False
     draft: "KvGeometry | None" = None
     num_scratch_blocks: int = 0
+
+    def with_scratch_blocks(self, num_blocks: int) -> "KvGeometry":
+        """The same with so many, the draft model's too."""
+        draft = None if self.draft is None else self.draft.with_scratch_blocks(num_blocks)
+        return replace(self, draft=draft, num_scratch_blocks=num_blocks)
 
     @property
     def bytes_per_token(self) -> int:

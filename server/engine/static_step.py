@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.paged_batch import AttentionBatch
@@ -18,32 +19,36 @@ _ALIGNMENT = 4
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the operands lie among the words: first words of each, and their number altogether.
+    """Which words of 32 bits the operands take, one after the other.
 
     token_ids, positions, slots: int64 [B]. context_lens: int32 [B]. block_tables: int32 [B, width].
     """
 
-    num_seqs: int
-    width: int
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        row, wide_row = _aligned(self.num_seqs), _aligned(2 * self.num_seqs)
-        return (0, wide_row, 2 * wide_row, 3 * wide_row, 3 * wide_row + row)
+    token_ids: slice
+    positions: slice
+    slots: slice
+    context_lens: slice
+    block_tables: slice
+    shape: tuple[int, int]
 
     @property
     def num_words(self) -> int:
-        return self.starts[-1] + _aligned(self.num_seqs * self.width)
+        return int(self.block_tables.stop)
 
-    def views(self, words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Token ids, positions, slots, context lengths and block tables among int32 words."""
-        token_ids, positions, slots = (
-            words[start : start + 2 * self.num_seqs].view(torch.int64) for start in self.starts[:3]
-        )
-        lens_start, tables_start = self.starts[3:]
-        context_lens = words[lens_start : lens_start + self.num_seqs]
-        tables = words[tables_start : tables_start + self.num_seqs * self.width].view(self.num_seqs, self.width)
-        return token_ids, positions, slots, context_lens, tables
+
+def _lay_out(size: GraphSize, block_size: int) -> _Layout:
+    shape = (size.num_seqs, -(-size.context_len // block_size))
+    slices = []
+    start = 0
+    for num_words in 3 * [2 * size.num_seqs] + [size.num_seqs, shape[0] * shape[1]]:
+        slices.append(slice(start, start + num_words))
+        start += -(-num_words // _ALIGNMENT) * _ALIGNMENT
+    return _Layout(*slices, shape)
+
+
+def num_words(size: GraphSize, block_size: int) -> int:
+    """Words of 32 bits that the operands of such a step take."""
+    return _lay_out(size, block_size).num_words
 
 
 class StaticStep:
@@ -57,63 +62,54 @@ class StaticStep:
         self, size: GraphSize, words: Tensor, query_starts: Tensor, block_size: int, scratch_block: int
     ) -> None:
         """words: `num_words` int32 on the device, or more, which other steps may share. query_starts: 0, 1, 2, ..."""
-        self._block_size, self._scratch_block = block_size, scratch_block
-        self._layout = _layout(size, block_size)
-        self._words = words[: self._layout.num_words]
-        self.token_ids, self.positions, slots, context_lens, block_tables = self._layout.views(words)
+        self._block_size = block_size
+        self._layout = layout = _lay_out(size, block_size)
+        self._words = words[: layout.num_words]
+        self._padding = _padding(layout, scratch_block, block_size)
+        self.token_ids = words[layout.token_ids].view(torch.int64)
+        self.positions = words[layout.positions].view(torch.int64)
         self.batch = AttentionBatch(
             query_starts=query_starts[: size.num_seqs + 1],
-            context_lens=context_lens,
-            block_tables=block_tables,
-            slot_mapping=slots,
+            context_lens=words[layout.context_lens],
+            block_tables=words[layout.block_tables].view(layout.shape),
+            slot_mapping=words[layout.slots].view(torch.int64),
             max_query_len=1,
             max_context_len=size.context_len,
         )
+        self._copy(self._pin())
 
     def fill(self, plan: StepPlan, sequences: range) -> None:
         """Copy what the plan says of these sequences, each of one token, to the device, without waiting for it."""
-        num_seqs = len(sequences)
-        words = self._padding()
-        token_ids, positions, slots, context_lens, tables = (
-            view.numpy()[:num_seqs] for view in self._layout.views(words)
-        )
+        layout, num_seqs = self._layout, len(sequences)
+        pinned = self._pin()
+        words: NDArray[np.int32] = pinned.numpy()
         tokens = slice(plan.query_starts[sequences.start], plan.query_starts[sequences.stop])
-        token_ids[:] = plan.token_ids[tokens]
-        positions[:] = plan.positions[tokens]
-        context_lens[:] = plan.context_lens[sequences.start : sequences.stop]
+        rows = slice(sequences.start, sequences.stop)
         # a plan's tables may be wider than the longest of these sequences needs
-        plan_tables = plan.block_tables[sequences.start : sequences.stop, : self._layout.width]
-        tables[:, : plan_tables.shape[1]] = plan_tables
-        tables[:, plan_tables.shape[1] :] = 0
-        slots[:] = token_slots(plan_tables, np.arange(num_seqs), plan.positions[tokens], self._block_size)
-        self._copy(words)
+        block_tables = plan.block_tables[rows, : layout.shape[1]]
+        positions = plan.positions[tokens]
+        slots = token_slots(block_tables, np.arange(num_seqs), positions, self._block_size)
+        words[layout.token_ids].view(np.int64)[:num_seqs] = plan.token_ids[tokens]
+        words[layout.positions].view(np.int64)[:num_seqs] = positions
+        words[layout.slots].view(np.int64)[:num_seqs] = slots
+        words[layout.context_lens][:num_seqs] = plan.context_lens[rows]
+        words[layout.block_tables].reshape(layout.shape)[:num_seqs, : block_tables.shape[1]] = block_tables
+        self._copy(pinned)
 
-    def clear(self) -> None:
-        """Let all be padding."""
-        self._copy(self._padding())
-
-    def _padding(self) -> Tensor:
+    def _pin(self) -> Tensor:
         """Words on the host, of padding alone; pinned for a GPU."""
         # taken anew each time: the allocator of pinned memory keeps it until the copy from it is over
-        words = torch.zeros(self._layout.num_words, dtype=torch.int32, pin_memory=self._words.is_cuda)
-        _, _, slots, context_lens, tables = self._layout.views(words)
-        slots.fill_(self._scratch_block * self._block_size)
-        context_lens.fill_(1)
-        tables[:, 0] = self._scratch_block
+        words = torch.empty(self._layout.num_words, dtype=torch.int32, pin_memory=self._words.is_cuda)
+        words.numpy()[:] = self._padding
         return words
 
     def _copy(self, words: Tensor) -> None:
         self._words.copy_(words, non_blocking=self._words.is_cuda)
 
 
-def num_words(size: GraphSize, block_size: int) -> int:
-    """Words of 32 bits that the operands of such a step take."""
-    return _layout(size, block_size).num_words
-
-
-def _layout(size: GraphSize, block_size: int) -> _Layout:
-    return _Layout(size.num_seqs, -(-size.context_len // block_size))
-
-
-def _aligned(num_words: int) -> int:
-    return -(-num_words // _ALIGNMENT) * _ALIGNMENT
+def _padding(layout: _Layout, scratch_block: int, block_size: int) -> NDArray[np.int32]:
+    words = np.zeros(layout.num_words, dtype=np.int32)
+    words[layout.slots].view(np.int64)[:] = scratch_block * block_size
+    words[layout.context_lens] = 1
+    words[layout.block_tables].reshape(layout.shape)[:, 0] = scratch_block
+    return words

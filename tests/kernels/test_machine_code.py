@@ -132,3 +132,15 @@ def test_conversions_of_integers_in_the_loop_are_found() -> None:
 
 def test_code_that_lost_its_loop_is_found() -> None:
     assert "no loop" in fault(assembly=ASSEMBLY.replace("@P1 BRA `(.L_x_1)", "NOP").replace("@P2 BRA", "NOP"))
+
+
+def test_programs_without_work_that_end_late_are_found() -> None:
+    # given a way out as the third instruction
+    leaving = ASSEMBLY.replace("        /*0020*/", "        /*0018*/              @!P0 EXIT ;\n        /*0020*/", 1)
+    assembly = leaving.replace(".L_x_1:\n", "", 1).replace("        /*0020*/", ".L_x_1:\n        /*0020*/", 1)
+    patient, hasty = (
+        dataclasses.replace(VARIANT, loop=dataclasses.replace(VARIANT.loop, max_idle=most))  # type: ignore[type-var]
+        for most in (3, 2)
+    )
+    assert find_faults(dataclasses.replace(GOOD, assembly=assembly, variant=patient)) == []
+    assert "ends after 3 instructions" in fault(assembly=assembly, variant=hasty)

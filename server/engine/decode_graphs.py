@@ -110,7 +110,9 @@ class DecodeGraphs:
             run()
             self._recorded[size] = _Recorded(step, self._recorder.record(run))
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            # where a recording ends in want of memory, to end it may be an error of its own
+            first = error.__context__ if isinstance(error.__context__, Exception) else error
+            if not is_out_of_memory(error) and not is_out_of_memory(first):
                 raise
             return False
         return True

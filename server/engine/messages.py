@@ -9,7 +9,7 @@ from server.engine.config import EngineConfig
 from server.engine.request import EngineNews, GenerationRequest, ModelInfo
 
 # raised with every change of a message: an upgrade under a running server must not be misread
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 
 class Start(msgspec.Struct, frozen=True):

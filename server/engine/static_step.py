@@ -1,6 +1,7 @@
 """The operands of a recorded decoding step: tensors that stay where they are, filled by one copy a step."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -24,26 +25,27 @@ class _Layout:
     token_ids, positions, slots: int64 [B]. context_lens: int32 [B]. block_tables: int32 [B, width].
     """
 
-    token_ids: slice
-    positions: slice
-    slots: slice
-    context_lens: slice
-    block_tables: slice
+    token_ids: range
+    positions: range
+    slots: range
+    context_lens: range
+    block_tables: range
     shape: tuple[int, int]
 
     @property
     def num_words(self) -> int:
-        return int(self.block_tables.stop)
+        return self.block_tables.stop
 
 
 def _lay_out(size: GraphSize, block_size: int) -> _Layout:
     shape = (size.num_seqs, -(-size.context_len // block_size))
-    slices = []
-    start = 0
-    for num_words in 3 * [2 * size.num_seqs] + [size.num_seqs, shape[0] * shape[1]]:
-        slices.append(slice(start, start + num_words))
-        start += -(-num_words // _ALIGNMENT) * _ALIGNMENT
-    return _Layout(*slices, shape)
+    counts = [2 * size.num_seqs] * 3 + [size.num_seqs, shape[0] * shape[1]]
+    lengths = [-(-count // _ALIGNMENT) * _ALIGNMENT for count in counts]
+    starts = [0, *accumulate(lengths)]
+    token_ids, positions, slots, context_lens, block_tables = (
+        range(start, start + count) for start, count in zip(starts, counts, strict=False)
+    )
+    return _Layout(token_ids, positions, slots, context_lens, block_tables, shape)
 
 
 def num_words(size: GraphSize, block_size: int) -> int:
@@ -66,13 +68,13 @@ class StaticStep:
         self._layout = layout = _lay_out(size, block_size)
         self._words = words[: layout.num_words]
         self._padding = _padding(layout, scratch_block, block_size)
-        self.token_ids = words[layout.token_ids].view(torch.int64)
-        self.positions = words[layout.positions].view(torch.int64)
+        self.token_ids = words[layout.token_ids.start : layout.token_ids.stop].view(torch.int64)
+        self.positions = words[layout.positions.start : layout.positions.stop].view(torch.int64)
         self.batch = AttentionBatch(
             query_starts=query_starts[: size.num_seqs + 1],
-            context_lens=words[layout.context_lens],
-            block_tables=words[layout.block_tables].view(layout.shape),
-            slot_mapping=words[layout.slots].view(torch.int64),
+            context_lens=words[layout.context_lens.start : layout.context_lens.stop],
+            block_tables=words[layout.block_tables.start : layout.block_tables.stop].view(layout.shape),
+            slot_mapping=words[layout.slots.start : layout.slots.stop].view(torch.int64),
             max_query_len=1,
             max_context_len=size.context_len,
         )
@@ -89,11 +91,11 @@ class StaticStep:
         block_tables = plan.block_tables[rows, : layout.shape[1]]
         positions = plan.positions[tokens]
         slots = token_slots(block_tables, np.arange(num_seqs), positions, self._block_size)
-        words[layout.token_ids].view(np.int64)[:num_seqs] = plan.token_ids[tokens]
-        words[layout.positions].view(np.int64)[:num_seqs] = positions
-        words[layout.slots].view(np.int64)[:num_seqs] = slots
-        words[layout.context_lens][:num_seqs] = plan.context_lens[rows]
-        words[layout.block_tables].reshape(layout.shape)[:num_seqs, : block_tables.shape[1]] = block_tables
+        _part(words, layout.token_ids).view(np.int64)[:num_seqs] = plan.token_ids[tokens]
+        _part(words, layout.positions).view(np.int64)[:num_seqs] = positions
+        _part(words, layout.slots).view(np.int64)[:num_seqs] = slots
+        _part(words, layout.context_lens)[:num_seqs] = plan.context_lens[rows]
+        _part(words, layout.block_tables).reshape(layout.shape)[:num_seqs, : block_tables.shape[1]] = block_tables
         self._copy(pinned)
 
     def _pin(self) -> Tensor:
@@ -109,7 +111,11 @@ class StaticStep:
 
 def _padding(layout: _Layout, scratch_block: int, block_size: int) -> NDArray[np.int32]:
     words = np.zeros(layout.num_words, dtype=np.int32)
-    words[layout.slots].view(np.int64)[:] = scratch_block * block_size
-    words[layout.context_lens] = 1
-    words[layout.block_tables].reshape(layout.shape)[:, 0] = scratch_block
+    _part(words, layout.slots).view(np.int64)[:] = scratch_block * block_size
+    _part(words, layout.context_lens)[:] = 1
+    _part(words, layout.block_tables).reshape(layout.shape)[:, 0] = scratch_block
     return words
+
+
+def _part(words: NDArray[np.int32], part: range) -> NDArray[np.int32]:
+    return words[part.start : part.stop]

@@ -183,21 +183,28 @@ def test_a_step_that_is_no_recorded_one_runs_without(change: dict[str, object]) 
 class MemoryFor:
     """A recorder on a device that has memory for so few recordings, and none for larger ones."""
 
-    def __init__(self, num_recordings: int) -> None:
+    def __init__(self, num_recordings: int, *, is_broken: bool) -> None:
         self.num_recordings = num_recordings
+        self.is_broken = is_broken
         self.tape = Tape()
 
     def record(self, run: Callable[[], None]) -> Replay:
         if not self.num_recordings:
-            raise torch.OutOfMemoryError
+            try:
+                raise torch.OutOfMemoryError
+            finally:
+                # a recording that is ended early may end with this
+                if self.is_broken:
+                    raise RuntimeError("operation failed due to a previous error during capture")
         self.num_recordings -= 1
         return self.tape.record(run)
 
 
-def test_sizes_that_there_is_no_memory_for_are_told_and_the_others_used() -> None:
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_sizes_that_there_is_no_memory_for_are_told_and_the_others_used(*, is_broken: bool) -> None:
     layer = number_cache(9, BLOCK_SIZE)
     sizes = (GraphSize(4, 16), GraphSize(2, 16), GraphSize(1, 16))
-    graphs = DecodeGraphs(CountingDecoder(), (layer,), sizes, 8, MemoryFor(1))
+    graphs = DecodeGraphs(CountingDecoder(), (layer,), sizes, 8, MemoryFor(1, is_broken=is_broken))
     told: list[tuple[int, int]] = []
 
     missing = graphs.record(lambda done, of: told.append((done, of)))

@@ -175,7 +175,7 @@ def round_folded(
         # in the outputs' own size, as the signal is: a scale folded into the linear's rows had divided them
         divisors = [_row_divisors(*pair) for pair in zip(choice.row_norms, weights.values(), strict=True)]
         gram = _correct(weights, statistics, group.observed).div_(scale[:, None]).div_(scale)
-        give_back_freed()
+        give_back_freed(gram.nbytes)
         for weight in weights.values():
             weight.mul_(scale)
         grouping = plan.grouping_of(group.linears[0])

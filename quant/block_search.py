@@ -149,12 +149,13 @@ def _search_stages(
     scales: dict[str, ModuleScales] = {}
     block, name = opened.module, opened.name
     routed = routed_names(block)
+    num_bytes = sum(parameter.nbytes for parameter in block.parameters())
     stages = stages_of(block, plan.groups)
     for place, stage in enumerate(stages):
         pair.current.settle(settled_children(plan.order, (), stages[place:]))
         waves = waves_of(stage, plan.writers)
         statistics = _capture(pair, waves, plan, token_weights)
-        give_back_freed()
+        give_back_freed(num_bytes)
         inputs = statistics.inputs()
         _check_inputs(name, inputs)
         channels |= describe_linears(block, stage, plan, inputs)
@@ -170,7 +171,7 @@ def _search_stages(
             pair.current.settle(settled_children(plan.order, waves[number:], stages[place + 1 :]))
             # what it reads, and the stream it adds to, have changed with what was rounded before it
             changed = _capture(pair, [wave], plan, token_weights)
-            give_back_freed()
+            give_back_freed(num_bytes)
             changed.unscale_(folded[wave[0].observed].scale)
             results |= round_folded(block, wave, plan, changed, folded)
             del changed

@@ -19,7 +19,7 @@ from quant.input_statistics import InputStatistics, PairStatistics
 from quant.machine_memory import give_back_freed
 from quant.method import MethodSteps
 from quant.residual import StreamWriter
-from quant.rounding import codes_of, full_range, grid_of, round_onto, round_plainly
+from quant.rounding import GroupGrid, codes_of, full_range, grid_of, round_onto, round_plainly
 from quant.row_spans import row_spans
 from quant.salience import LinearChannels, channel_errors, describe_channels
 from quant.scale_fold import STORAGE_DTYPE, fold
@@ -233,9 +233,7 @@ def find_codes(weights: Sequence[Tensor], gram: Tensor, steps: MethodSteps, grou
     # rows do not depend on each other: what is worked out of the gram serves those of all weights
     feedback = FeedbackFactor.of(gram) if steps.feedback else None
 
-    def codes_of_rows(rows: Tensor) -> GroupCodes:
-        ends = search_range(rows, gram, grouping) if steps.ranges else full_range(rows, grouping.group_size)
-        grid = grid_of(ends, grouping.bits)
+    def codes_of_rows(rows: Tensor, grid: GroupGrid) -> GroupCodes:
         rounded = round_onto(rows, grid, grouping.bits)
         if feedback is not None:
             candidate = round_with_feedback(rows, feedback, grid, grouping.bits)
@@ -243,7 +241,16 @@ def find_codes(weights: Sequence[Tensor], gram: Tensor, steps: MethodSteps, grou
             rounded = torch.where(better[:, None], candidate, rounded)
         return codes_of(rounded, grid, grouping.bits)
 
-    return [_join_rows([codes_of_rows(rows) for rows in row_spans(weight)]) for weight in weights]
+    def codes_of_weight(weight: Tensor) -> GroupCodes:
+        # ranges of all rows at once: they are searched few at a time, on all cores
+        ends = search_range(weight, gram, grouping) if steps.ranges else full_range(weight, grouping.group_size)
+        grid = grid_of(ends, grouping.bits)
+        rows = list(row_spans(weight))
+        sizes = [len(span) for span in rows]
+        grids = map(GroupGrid, torch.split(grid.scales, sizes), torch.split(grid.zeros, sizes))
+        return _join_rows([codes_of_rows(*pair) for pair in zip(rows, grids, strict=True)])
+
+    return [codes_of_weight(weight) for weight in weights]
 
 
 def _join_rows(parts: Sequence[GroupCodes]) -> GroupCodes:

@@ -253,6 +253,8 @@ def run_hooked(block: nn.Module, block_index: int, chunk: BlockInput, hooks: Seq
 
 def _moved(value: object, device: torch.device) -> object:
     """The same with its tensors on the device: itself, or those in tuples, lists and dicts."""
+    if device == HOST:
+        return value
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):

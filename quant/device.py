@@ -18,6 +18,8 @@ HOST = torch.device("cpu")
 CUDA = "cuda"
 # what the context and the libraries of a GPU take for themselves, and what its memory is split up by
 GPU_RESERVE_BYTES = 2**30
+# what CUDA, cuBLAS and cuSOLVER say where they have no memory, in errors of no class of their own
+OUT_OF_MEMORY_SIGNS = ("out of memory", "ALLOC_FAILED", "CUSOLVER_STATUS_INTERNAL_ERROR")
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,17 @@ def find_gpu() -> Gpu | None:
         return None
     device = torch.device(CUDA, 0)
     try:
+        check_usable(device)
         return Gpu(device, torch.cuda.get_device_name(device), free_bytes(device))
     except RuntimeError:
-        # there is no room even for what a process needs to ask
+        # there is no room even for what a process needs to ask, or nothing that it could run
         return Gpu(device, "the GPU", 0)
+
+
+def check_usable(device: torch.device) -> None:
+    """Raises RuntimeError for a GPU that torch sees and cannot use: it is full, or there are no kernels for it."""
+    ones = torch.ones(2, 2, device=device)
+    torch.matmul(ones, ones).tolist()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -84,6 +93,12 @@ def asked_gpu(asked: DeviceName, find: Callable[[], Gpu | None]) -> Gpu | None:
             "without CUDA; use --device cpu, or auto",
             field="device",
         )
+    if gpu is not None and asked == DeviceName.CUDA and not gpu.free_bytes:
+        raise RecipeError(
+            f"the device is cuda, and {gpu.name} cannot be used: other programs have filled it or taken it for "
+            "themselves, or this torch has no kernels for it; use --device cpu, or auto",
+            field="device",
+        )
     return gpu
 
 
@@ -107,11 +122,18 @@ def telling_when_full(chosen: ChosenDevice) -> Iterator[None]:
     """Raises DeviceFull where a GPU has no memory left for what is done meanwhile."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if chosen.device == HOST or not _is_out_of_memory(error):
+            raise
         raise DeviceFull(
             f"{chosen.name} has no memory left for a block of this model: end other programs that use it, and the same "
             "command goes on after the last finished block; --device cpu does without the GPU, from the beginning"
         ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory for a tensor, or for what its libraries keep."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -34,9 +34,13 @@ def device_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
     """For the largest block, or the output head where it is quantized and takes more."""
     sizes = []
     for name, block in plan.stack.blocks.items():
-        shapes = [linear_of(block, linear).weight.shape for linear in plan.blocks[name].linear_names()]
-        num_parameters = sum(parameter.numel() for parameter in block.parameters())
-        sizes.append(_bytes_of(num_parameters, shapes, plan.blocks[name].steps))
+        own = plan.blocks[name]
+        shapes = [linear_of(block, linear).weight.shape for linear in own.linear_names()]
+        num_values = sum(parameter.numel() for parameter in block.parameters())
+        if own.steps.calibrates:
+            # the sums of all inputs of a stage are there at once: with a mixture of experts, of every expert
+            num_values += sum(linear_of(block, group.linears[0]).in_features ** 2 for group in own.groups)
+        sizes.append(_bytes_of(num_values, shapes, own.steps))
     if plan.head is not None:
         shape = linear_of(model, plan.head.name).weight.shape
         sizes.append(_bytes_of(HEAD_COPIES * shape.numel(), [shape], next(iter(plan.blocks.values())).steps))

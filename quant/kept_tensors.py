@@ -90,7 +90,10 @@ def _write(file: FileIO, content: memoryview) -> None:
 
 def _read(file: FileIO, into: memoryview) -> None:
     while into:
-        into = into[file.readinto(into) :]
+        num_read = file.readinto(into)
+        if not num_read:
+            raise WriteError("a file of what memory does not take ends before what was written to it")
+        into = into[num_read:]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -78,6 +78,7 @@ def search_head(weight: Tensor, plan: HeadPlan, steps: MethodSteps, gram: Tensor
     (codes,) = find_codes([weight], gram, steps, plan.grouping)
     packed = pack_codes(plan.name, codes)
     plain = (rows - round_plainly(rows, plan.grouping.group_size, plan.grouping.bits) for rows in row_spans(weight))
-    chosen = [weight - dequantize(packed)]
+    spans = zip(row_spans(weight), row_spans(dequantize(packed)), strict=True)
+    chosen = (rows - rounded for rows, rounded in spans)
     plain_loss, loss = (relative_loss(differences, gram, signal) for differences in (plain, chosen))
     return packed, LayerLoss(plan.name, IDENTITY, plain_loss, loss)

@@ -137,7 +137,7 @@ def quantize(
     num_bytes = expected_bytes(source.model, planned, budget_bits) + sum(map(len, files.values()))
     num_bytes += finished_bytes(plan, planned, budget_bits) + scratch_bytes(recipe, source.model, planned)
     device = _choose_device(recipe, gpu, device_bytes(source.model, plan), on_notice)
-    finished = FinishedWork(run_digest(recipe, source_path, texts, device.name), on_notice)
+    finished = FinishedWork(run_digest(recipe, source_path, texts), on_notice)
     with CheckpointWriter(
         out, expected_bytes=num_bytes, output_format=recipe.output_format, accepts=finished.accepts
     ) as writer:

@@ -37,7 +37,6 @@ TOKENS = "ids"
 # fields of the recipe that change no weight
 MEASURING_FIELDS = ("num_windows", "max_kl")
 # that counts as what it came to
-DEVICE_FIELD = "device"
 # in a file's metadata: the run it is of, and what the report says
 RUN_KEY, NOTES_KEY = "run", "notes"
 
@@ -193,17 +192,16 @@ def replay_block(
     return Streams(current if outputs is None else outputs, current)
 
 
-def run_digest(recipe: Recipe, source_path: Path, texts: tuple[CalibrationText, ...], device_name: str) -> str:
-    """SHA-256 of all that a run's weights follow from: recipe, source files, calibration text, this program, and the
-    device that it runs on, as another one adds up in another order.
+def run_digest(recipe: Recipe, source_path: Path, texts: tuple[CalibrationText, ...]) -> str:
+    """SHA-256 of all that a run's weights follow from: recipe, source files, calibration text, this program.
 
-    A file of the source is known by its name, its size and when it was changed.
+    A file of the source is known by its name, its size and when it was changed. Of the device it is what was asked for:
+    where that leaves the choice, a run goes on wherever there is room, rather than from the beginning.
     """
     files = sorted(source_path.iterdir()) if source_path.is_dir() else [source_path]
     stats = {file.name: file.stat() for file in files if file.is_file()}
-    followed = {name: value for name, value in asdict(recipe).items() if name not in MEASURING_FIELDS}
     origin = {
-        "recipe": {**followed, DEVICE_FIELD: device_name},
+        "recipe": {name: value for name, value in asdict(recipe).items() if name not in MEASURING_FIELDS},
         "source": recorded_name(source_path),
         "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
         "texts": [(asdict(text.origin), text.content) for text in texts],

@@ -162,9 +162,11 @@ def wire_engine(
     geometry = geometry.with_scratch_blocks(int(recorder is not None))
     limits = choose_limits(config, device)
     workspace = _workspace(model.config, dtype, limits, model.adapters)
-    if recorder is not None:
-        workspace += _graph_bytes(config, [one.config for one in (model, draft) if one is not None])
     size = choose_size(config, geometry, device, workspace)
+    if recorder is not None:
+        # for contexts that the cache can hold
+        models = [one.config for one in (model, draft) if one is not None]
+        size = choose_size(config, geometry, device, workspace + _graph_bytes(config, models, size.max_model_len))
     if kernels.native is not None:
         # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
         limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
@@ -176,7 +178,11 @@ def wire_engine(
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
     built = _build_runner(config, model, layers, limits, size, recorder)
     # a draft model's graphs first, of which a step replays several
-    get_ready([*([drafting] if drafting is not None else []), built], device, report)
+    try:
+        get_ready([*([drafting] if drafting is not None else []), built], device, report)
+    except (ValueError, OSError) as error:
+        # nobody's settings are at fault
+        raise RuntimeError("what the engine's steps launch could not be compiled, or not be run") from error
     graphs = "" if built.graphs is None else f", decoding in {built.graphs.num_recorded} graphs"
     info = ModelInfo(
         model_path=config.model_path,
@@ -226,11 +232,9 @@ def _build_runner(
     return BuiltRunner(ModelRunner(decoder, layers, max_rows_together, adapters, graphs), graphs, within)
 
 
-def _graph_bytes(config: EngineConfig, models: Sequence[ModelConfig]) -> int:
+def _graph_bytes(config: EngineConfig, models: Sequence[ModelConfig], max_model_len: int) -> int:
     """What recorded steps of these models take."""
-    lens = [
-        min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings) for model in models
-    ]
+    lens = [min(max_model_len, model.max_position_embeddings) for model in models]
     return sum(
         graph_bytes(model, graph_sizes(config.max_num_seqs, length)) for model, length in zip(models, lens, strict=True)
     )
@@ -315,8 +319,6 @@ def _check_memory(
         return
     dtype = dtype or model.dtype or torch.bfloat16
     workspace = _workspace(model, dtype, choose_limits(config, device), adapters)
-    if records_graphs(config, device):
-        workspace += _graph_bytes(config, [read_model_config(one) for one in directories])
     weights = sum(weight_bytes(reader, dtype) for reader in readers) + adapter_bytes(adapters, model, dtype)
     check_gpu_fits(weights, workspace, gpu_memory(device), config)
 

@@ -166,7 +166,8 @@ def _cache_bytes(config: EngineConfig, device: torch.device, workspace_bytes: in
 
 def _advice(config: EngineConfig, device: torch.device) -> str:
     if config.kv_cache_bytes is None and device.type == "cuda":
-        return f"raise gpu_memory_utilization, which is {config.gpu_memory_utilization}, or set kv_cache_memory"
+        eager = "" if config.enforce_eager else ", or set enforce_eager"
+        return f"raise gpu_memory_utilization, which is {config.gpu_memory_utilization}, or set kv_cache_memory{eager}"
     if config.kv_cache_bytes is None:
         return "free some memory, or set kv_cache_memory"
     return f"raise kv_cache_memory, which is {config.kv_cache_bytes}"

@@ -48,7 +48,19 @@ def _fit(adapter: Adapter, directory: Path, scales: Mapping[str, ModuleScales]) 
         f"{adapter.name} is multiplied by the scales that are folded into this checkpoint: its {BASE_MODEL_FIELD} is "
         f"{adapter.config.base_model!r}"
     )
-    return replace(adapter, scales=own_scales, note=note)
+    return replace(adapter, scales=own_scales, note=note, doubt=_doubt_of_base(adapter))
+
+
+def _doubt_of_base(adapter: Adapter) -> str:
+    """Where the name of an adapter's base does not tell that it is the original: what is taken for granted then."""
+    name = adapter.config.base_model
+    if name and not (Path(name).is_absolute() and not Path(name).exists()):
+        return ""
+    named = f"is {name}, which is not here" if name else "is empty"
+    return (
+        f"{adapter.name} is taken for an adapter of the original, and multiplied by this checkpoint's scales: its "
+        f"{BASE_MODEL_FIELD} {named}. If it was trained on this checkpoint, name that there in its {CONFIG_FILE}"
+    )
 
 
 def _doubt(adapter: Adapter) -> str:

@@ -45,7 +45,10 @@ def test_a_stream_joins_to_the_reply_that_is_not_streamed(server: RunningServer)
     )
     assert len(chunks) > 2
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    # but for what of the prompt was computed before: all that can be, by then
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
 def test_a_seeded_draw_repeats_and_another_seed_differs(server: RunningServer) -> None:

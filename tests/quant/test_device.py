@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import quant.device
 from quant.cli import app
 from quant.device import CUDA, HOST, Gpu, asked_gpu, choose_device, device_of, find_gpu, telling_when_full
 from quant.device_memory import device_bytes
@@ -65,11 +66,11 @@ def test_a_gpu_that_is_too_full_leaves_auto_the_cpu_and_says_why() -> None:
 
 
 def test_a_gpu_that_cannot_even_be_asked_has_nothing_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_device: torch.device) -> str:
+    def fail(_device: torch.device) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    monkeypatch.setattr(quant.device, "check_usable", fail)
     gpu = find_gpu()
     assert gpu is not None
     assert gpu.free_bytes == 0
@@ -87,6 +88,22 @@ def test_no_memory_left_on_a_gpu_is_a_sentence_that_says_what_to_do() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert isinstance(full.value, QuantizationError)
     assert full.value.exit_code == 1
+
+
+@pytest.mark.parametrize("sign", ["CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "CUDA error: out of memory"])
+def test_what_a_gpus_libraries_have_no_memory_for_keeps_finished_blocks_too(sign: str) -> None:
+    with pytest.raises(DeviceFull), telling_when_full(choose_device(DeviceName.CUDA, GPU, 0)):
+        raise RuntimeError(sign)
+    # and what is another error stays one, as does anything on the host
+    with pytest.raises(RuntimeError, match="shapes"), telling_when_full(choose_device(DeviceName.CUDA, GPU, 0)):
+        raise RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="CU"), telling_when_full(choose_device(DeviceName.CPU, None, 0)):
+        raise RuntimeError(sign)
+
+
+def test_a_gpu_that_cannot_be_used_is_refused_where_it_is_asked_for() -> None:
+    with pytest.raises(RecipeError, match="the GPU cannot be used: other programs have filled it"):
+        asked_gpu(DeviceName.CUDA, lambda: Gpu(GPU.device, "the GPU", 0))
 
 
 def test_a_module_without_weights_is_on_the_host() -> None:

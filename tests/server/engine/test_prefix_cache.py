@@ -185,3 +185,29 @@ def test_a_step_that_failed_copied_nothing_that_counts() -> None:
     assert engine.scheduler.stats().num_out_of_memory > 0
     for name in ("again", "and again"):
         assert engine.output(name) == engine.output("first")
+
+
+def test_the_last_of_several_ends_after_one_beginning_is_known() -> None:
+    # given two prompts that part in their first block, by turns
+    engine = copying_simulation()
+    cached = []
+    for number, first in enumerate((0, 0, 1, 0, 0, 1, 1)):
+        prompt = (9, first, 8)
+        engine.loop.submit(GenerationRequest(str(number), prompt, SamplingParams(max_tokens=1)))
+        engine.run_to_end()
+        cached.append(engine.events[str(number)][0].num_cached_tokens)
+    assert cached == [0, 2, 1, 1, 2, 1, 2]
+
+
+def test_ends_of_short_prompts_do_not_push_out_a_long_beginning() -> None:
+    # given a cache of which a long prompt takes a third, and many short ones after one another that fill no block
+    engine = copying_simulation()
+    long = tuple(range(52))
+    engine.loop.submit(GenerationRequest("long", long, SamplingParams(max_tokens=1)))
+    engine.run_to_end()
+    for number in range(60):
+        engine.loop.submit(GenerationRequest(f"short {number}", (900 - number, 5), SamplingParams(max_tokens=1)))
+        engine.run_to_end()
+    engine.loop.submit(GenerationRequest("again", long, SamplingParams(max_tokens=1)))
+    engine.run_to_end()
+    assert engine.events["again"][0].num_cached_tokens == 51

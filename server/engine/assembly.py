@@ -164,25 +164,18 @@ def wire_engine(
     workspace = _workspace(model.config, dtype, limits, model.adapters)
     size = choose_size(config, geometry, device, workspace)
     if recorder is not None:
-        # for contexts that the cache can hold
         models = [one.config for one in (model, draft) if one is not None]
+        # of contexts that the cache can hold
         size = choose_size(config, geometry, device, workspace + _graph_bytes(config, models, size.max_model_len))
     if kernels.native is not None:
-        # a row never depends on what is beside it or on how its prompt was cut: there is nothing to keep apart
-        limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
-        speculation = _choose_speculation(config, _NATIVE_ROW_COST)
-        limits = replace(limits, deterministic=False, copies_blocks=True, speculation=speculation)
+        limits = _native_limits(config, device)
     layers = allocate_layers(size, geometry, device)
     drafting = build_draft_runner(draft, geometry.draft, size, limits, device, recorder)
     drafter = build_drafter(drafting, size, limits)
     scheduler = Scheduler(limits, BlockPool(size.num_blocks, size.block_size), drafter)
     built = _build_runner(config, model, layers, limits, size, recorder)
     # a draft model's graphs first, of which a step replays several
-    try:
-        get_ready([*([drafting] if drafting is not None else []), built], device, report)
-    except (ValueError, OSError) as error:
-        # nobody's settings are at fault
-        raise RuntimeError("what the engine's steps launch could not be compiled, or not be run") from error
+    get_ready([*([drafting] if drafting is not None else []), built], device, report)
     graphs = "" if built.graphs is None else f", decoding in {built.graphs.num_recorded} graphs"
     info = ModelInfo(
         model_path=config.model_path,
@@ -198,6 +191,16 @@ def wire_engine(
         adapters=built.limits.adapters,
     )
     return EngineLoop(scheduler, built.runner, info, publish), info
+
+
+def _native_limits(config: EngineConfig, device: torch.device) -> SchedulerLimits:
+    """With the native kernels a row never depends on what is beside it or on how its prompt was cut.
+
+    So there is nothing to keep apart.
+    """
+    limits = choose_limits(config, device, _NATIVE_PREFILL_CHUNK)
+    speculation = _choose_speculation(config, _NATIVE_ROW_COST)
+    return replace(limits, deterministic=False, copies_blocks=True, speculation=speculation)
 
 
 def _build_runner(

@@ -55,13 +55,17 @@ def build_graphs(
 def get_ready(runners: Sequence[BuiltRunner], device: torch.device, report: Report) -> None:
     """On a GPU compile what the runners launch; then record decoding, those of the first runner first.
 
-    Where memory runs out, fewer graphs are recorded, and a sentence on standard error says so.
+    Where memory runs out, fewer graphs are recorded, and a sentence on standard error says so. Raises RuntimeError for
+    what no settings are at fault for.
     """
-    if device.type == "cuda":
-        warm_up([(built.runner, built.limits) for built in runners], report)
-    for built in runners:
-        if built.graphs is not None:
-            _record(built.graphs, report)
+    try:
+        if device.type == "cuda":
+            warm_up([(built.runner, built.limits) for built in runners], report)
+        for built in runners:
+            if built.graphs is not None:
+                _record(built.graphs, report)
+    except (ValueError, OSError) as error:
+        raise RuntimeError("what the engine's steps launch could not be compiled, or not be run") from error
 
 
 def _record(graphs: DecodeGraphs, report: Report) -> None:

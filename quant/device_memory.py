@@ -17,9 +17,9 @@ from quant.row_spans import GPU_SPAN_BYTES
 from quant.scale_groups import linear_of
 
 FLOAT_BYTES = 4
-# matrices of K x K at the widest linear: sums, and what is worked out of them (counted on a device that counts)
-SEARCH_MATRICES = 3
-CORRECTION_MATRICES = 5
+# matrices of K x K at the widest linear that are worked out of the sums, which are counted apart
+SEARCH_MATRICES = 2
+CORRECTION_MATRICES = 4
 # a span of a weight's rows, and what is worked out of it beside
 SPAN_COPIES = 8
 # values of a chunk that a block holds at once, as multiples of its widest linear's inputs

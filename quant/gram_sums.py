@@ -25,8 +25,7 @@ class GramSum:
 
     def add(self, weighted: Tensor, rows: Tensor) -> None:
         """Count inputs [tokens, K], given times their weights and as they are."""
-        for panel in _panels(self._sum):
-            self._sum[panel, panel.start :].addmm_(weighted[:, panel].T, rows[:, panel.start :])
+        _add_panels(self._sum, weighted, rows)
 
     def result(self) -> Tensor:
         """The whole sum, in the memory that it was added up in."""
@@ -47,8 +46,7 @@ class SplitGramSum:
 
     def add_fit(self, weighted: Tensor, rows: Tensor) -> None:
         """Count inputs [tokens, K] to fit to, given times their weights and as they are."""
-        for panel in _panels(self._sums):
-            self._sums[panel, panel.start :].addmm_(weighted[:, panel].T, rows[:, panel.start :])
+        _add_panels(self._sums, weighted, rows)
 
     def add_held_out(self, weighted: Tensor, rows: Tensor) -> None:
         """Count inputs [tokens, K] that nothing is fitted to, given times their weights and as they are."""
@@ -92,6 +90,12 @@ class SplitGramSum:
             sums[panel, panel] += square
         _mirror(sums)
         return sums
+
+
+def _add_panels(sums: Tensor, weighted: Tensor, rows: Tensor) -> None:
+    """Add weighted^T rows on and right of the diagonal squares."""
+    for panel in _panels(sums):
+        sums[panel, panel.start :].addmm_(weighted[:, panel].T, rows[:, panel.start :])
 
 
 def _panels(matrix: Tensor) -> "Iterator[slice[int, int]]":

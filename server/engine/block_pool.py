@@ -71,10 +71,6 @@ class BlockPool:
         """What the block's content is found by, whoever owns it or nobody; None where it is not."""
         return self._key_of_block.get(block)
 
-    def block_of(self, key: bytes) -> int | None:
-        """The block whose content is found by that key."""
-        return self._block_of_key.get(key)
-
     def drop(self, key: bytes) -> None:
         """Find that content no more; where nobody owns its block, that is the next to be used."""
         block = self._block_of_key.pop(key)
